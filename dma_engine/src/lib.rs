@@ -1,0 +1,1 @@
+//! Drivers for DMA engines that prove by bytes who reaches whom.

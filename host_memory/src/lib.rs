@@ -1,0 +1,1 @@
+//! What backs a region: memfd, huge pages, anonymous memory, a device BAR.

@@ -1,0 +1,1 @@
+//! The nested machine: QEMU, a real kernel, a real IOMMU driver.

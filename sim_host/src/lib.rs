@@ -1,0 +1,1 @@
+//! A simulated host: an IOMMU that enforces, and PCI functions behind it.

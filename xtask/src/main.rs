@@ -1,0 +1,3 @@
+//! The workspace's chores: check, test, lab.
+
+fn main() {}
