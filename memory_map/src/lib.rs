@@ -3,11 +3,19 @@
 mod address;
 mod backing;
 mod change;
+mod commit;
 mod consumer;
 mod errno;
+mod layout;
+mod ledger;
 mod manager;
+mod plan;
+mod query;
 mod reach;
 mod region;
+mod sharing;
+mod translation;
+mod view;
 
 pub use address::{Address, AddressRange, Gpa, GpaRange, HostVa, Iova, IovaRange, RangeError};
 pub use backing::{Backing, BackingId, BackingObject, Epoch, HostAddress, HostMapping};
@@ -17,7 +25,7 @@ pub use consumer::{
     TargetId, TargetLimits, TargetName, TargetOptions,
 };
 pub use errno::Errno;
-pub use manager::{RegionManager, TargetHandle, ViewSegment};
+pub use manager::{RegionInfo, RegionManager, TargetHandle, ViewSegment};
 pub use reach::{Missing, Reach, ReachEntry, Reason};
 pub use region::{
     Access, DisabledBecause, GRANULE, Priority, RegionId, RegionKind, RegionName, RegionSpec,

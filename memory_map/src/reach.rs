@@ -66,8 +66,8 @@ pub enum Reason {
     Filtered,
     /// The target is quarantined: it may hold mappings that the map no longer wants.
     Quarantined,
-    /// Work on it was cancelled.
-    Cancelled,
+    /// A change that will map it is on its way.
+    Pending,
 }
 
 impl fmt::Display for Reason {
@@ -106,7 +106,7 @@ impl fmt::Display for Reason {
             Self::Revoked => f.write_str("revoked by the kernel while it was being mapped"),
             Self::Filtered => f.write_str("kept out by policy"),
             Self::Quarantined => f.write_str("the target is quarantined"),
-            Self::Cancelled => f.write_str("cancelled"),
+            Self::Pending => f.write_str("not mapped yet"),
         }
     }
 }

@@ -1,0 +1,487 @@
+//! The layout: every region with its state, and the flat view that follows from it.
+//!
+//! Each operation says which addresses it may have changed and how to undo it; nothing here
+//! knows of consumers.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::change::Operation;
+use crate::view::{FlatView, Rank, Seen};
+use crate::{
+    Access, Backing, BackingId, DisabledBecause, GRANULE, Gpa, GpaRange, InvalidChange, Label,
+    Priority, RegionId, RegionKind, RegionName, RegionSpec, SubMapping,
+};
+
+/// Pages behind a part of a region; its offset is its key.
+#[derive(Debug, Clone)]
+pub(crate) struct Pages {
+    /// Last offset in the region.
+    pub(crate) last: u64,
+    pub(crate) backing: Backing,
+    pub(crate) backing_offset: u64,
+}
+
+/// Where a region lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    At(GpaRange),
+    /// It would wrap past the end of the address space, so it lies nowhere.
+    Wraps(Gpa),
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Region {
+    pub(crate) name: RegionName,
+    pub(crate) size: u64,
+    pub(crate) place: Place,
+    pub(crate) disabled: Option<DisabledBecause>,
+    pub(crate) priority: Priority,
+    pub(crate) kind: RegionKind,
+    pub(crate) access: Access,
+    pub(crate) shareable: bool,
+    pub(crate) label: Option<Label>,
+    pub(crate) pages: BTreeMap<u64, Pages>,
+}
+
+impl Region {
+    /// Where it is enabled and lies, if so.
+    pub(crate) fn active(&self) -> Option<GpaRange> {
+        match (self.disabled, self.place) {
+            (None, Place::At(range)) => Some(range),
+            _ => None,
+        }
+    }
+
+    /// Why it is not active, if so.
+    pub(crate) fn inactive(&self) -> Option<DisabledBecause> {
+        match (self.disabled, self.place) {
+            (Some(why), _) => Some(why),
+            (None, Place::Wraps(gpa)) => Some(DisabledBecause::Wraps(gpa)),
+            (None, Place::At(_)) => None,
+        }
+    }
+
+    /// The pages that overlap the offsets `start..=last`.
+    pub(crate) fn pages_in(&self, start: u64, last: u64) -> impl Iterator<Item = (u64, &Pages)> {
+        let from = match self.pages.range(..=start).next_back() {
+            Some((&offset, pages)) if pages.last >= start => offset,
+            _ => start,
+        };
+        self.pages
+            .range(from..=last)
+            .map(|(&offset, pages)| (offset, pages))
+    }
+}
+
+/// How to take one operation back.
+#[derive(Debug)]
+pub(crate) enum Inverse {
+    Remove(RegionId),
+    Insert(RegionId, Box<Region>),
+    Place(RegionId, Place, Option<DisabledBecause>),
+    Access(RegionId, Access),
+    Pages(RegionId, (u64, u64), Vec<(u64, Pages)>),
+}
+
+/// What a sequence of operations came to.
+#[derive(Debug, Default)]
+pub(crate) struct Applied {
+    /// Addresses (inclusive) whose translation may have changed; in any order, may overlap.
+    pub(crate) dirty: Vec<(u64, u64)>,
+    /// How to take it back, in the order it was done.
+    pub(crate) inverses: Vec<Inverse>,
+    /// Backings that regions have gained or lost.
+    pub(crate) backings: Vec<BackingId>,
+    /// Backings whose epoch has advanced. That cannot be taken back.
+    pub(crate) revoked: Vec<Backing>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Layout {
+    pub(crate) regions: HashMap<RegionId, Region>,
+    pub(crate) view: FlatView,
+    /// For each backing that some region has, how many of its pages' entries each region has.
+    users: HashMap<BackingId, BTreeMap<RegionId, usize>>,
+}
+
+impl Layout {
+    /// Carries out operations in order; all of them or, where one makes no sense, none.
+    pub(crate) fn apply(&mut self, operations: Vec<Operation>) -> Result<Applied, InvalidChange> {
+        let mut applied = Applied::default();
+        for operation in operations {
+            if let Err(invalid) = self.apply_one(operation, &mut applied) {
+                self.revert(applied.inverses);
+                return Err(invalid);
+            }
+        }
+        for backing in &applied.revoked {
+            backing.advance_epoch();
+            self.mark_users(backing.id(), &mut applied.dirty);
+        }
+        Ok(applied)
+    }
+
+    fn apply_one(
+        &mut self,
+        operation: Operation,
+        applied: &mut Applied,
+    ) -> Result<(), InvalidChange> {
+        match operation {
+            Operation::Add(id, spec) => {
+                let region = region_from(*spec)?;
+                applied.backings.extend(backings(&region));
+                self.insert(id, region);
+                applied.inverses.push(Inverse::Remove(id));
+            }
+            Operation::Remove(id) => {
+                let region = self.take(id).ok_or(InvalidChange::UnknownRegion(id))?;
+                applied.dirty.extend(region.active().map(bounds));
+                applied.backings.extend(backings(&region));
+                applied.inverses.push(Inverse::Insert(id, Box::new(region)));
+            }
+            Operation::Enable(id) => self.set_place(id, applied, |place, _| (place, None))?,
+            Operation::Disable(id, because) => {
+                self.set_place(id, applied, |place, _| (place, Some(because)))?;
+            }
+            Operation::Move(id, to) => {
+                let size = self.region(id)?.size;
+                let place = GpaRange::new(to, size).map_or(Place::Wraps(to), Place::At);
+                self.set_place(id, applied, |_, disabled| (place, disabled))?;
+            }
+            Operation::SetAccess(id, access) => {
+                let region = self.region_mut(id)?;
+                let before = std::mem::replace(&mut region.access, access);
+                if before != access {
+                    applied.dirty.extend(region.active().map(bounds));
+                    applied.inverses.push(Inverse::Access(id, before));
+                }
+            }
+            Operation::SetSubMapping(id, sub) => {
+                let region = self.region(id)?;
+                let (start, pages) = checked_pages(&region.name, region.size, sub)?;
+                self.replace_pages(id, (start, pages.last), vec![(start, pages)], applied);
+            }
+            Operation::RemoveSubMapping(id, offset, size) => {
+                let region = self.region(id)?;
+                let span = checked_span(&region.name, region.size, offset, size)?;
+                self.replace_pages(id, span, Vec::new(), applied);
+            }
+            Operation::Revoke(backing) => applied.revoked.push(backing),
+        }
+        Ok(())
+    }
+
+    /// Takes operations back, the last one first.
+    pub(crate) fn revert(&mut self, inverses: Vec<Inverse>) {
+        for inverse in inverses.into_iter().rev() {
+            match inverse {
+                Inverse::Remove(id) => drop(self.take(id)),
+                Inverse::Insert(id, region) => self.insert(id, *region),
+                Inverse::Place(id, place, disabled) => {
+                    // The region was there a moment ago; nothing else could remove it.
+                    let _known =
+                        self.set_place(id, &mut Applied::default(), |_, _| (place, disabled));
+                }
+                Inverse::Access(id, access) => {
+                    if let Some(region) = self.regions.get_mut(&id) {
+                        region.access = access;
+                    }
+                }
+                Inverse::Pages(id, span, pages) => {
+                    self.replace_pages(id, span, pages, &mut Applied::default());
+                }
+            }
+        }
+    }
+
+    pub(crate) fn region(&self, id: RegionId) -> Result<&Region, InvalidChange> {
+        self.regions
+            .get(&id)
+            .ok_or(InvalidChange::UnknownRegion(id))
+    }
+
+    fn region_mut(&mut self, id: RegionId) -> Result<&mut Region, InvalidChange> {
+        self.regions
+            .get_mut(&id)
+            .ok_or(InvalidChange::UnknownRegion(id))
+    }
+
+    /// What is seen in `start..=last`, with the region.
+    pub(crate) fn seen(&self, start: u64, last: u64) -> impl Iterator<Item = (Seen, &Region)> {
+        self.view
+            .seen(start, last)
+            .filter_map(|seen| Some((seen, self.regions.get(&seen.region)?)))
+    }
+
+    /// Whether any region has pages of this backing.
+    pub(crate) fn uses(&self, backing: BackingId) -> bool {
+        self.users.contains_key(&backing)
+    }
+
+    /// Adds to `dirty` every address at which pages of a backing are active.
+    pub(crate) fn mark_users(&self, backing: BackingId, dirty: &mut Vec<(u64, u64)>) {
+        let Some(users) = self.users.get(&backing) else {
+            return;
+        };
+        for id in users.keys() {
+            let Some(region) = self.regions.get(id) else {
+                continue;
+            };
+            let Some(range) = region.active() else {
+                continue;
+            };
+            for (&offset, pages) in &region.pages {
+                if pages.backing.id() == backing {
+                    dirty.push(span_at(range, offset, pages.last));
+                }
+            }
+        }
+    }
+
+    fn insert(&mut self, id: RegionId, region: Region) {
+        for pages in region.pages.values() {
+            count_user(&mut self.users, pages.backing.id(), id);
+        }
+        if let Some(range) = region.active() {
+            let (start, last) = bounds(range);
+            self.view
+                .insert(start, last, Rank::new(region.priority, id));
+        }
+        self.regions.insert(id, region);
+    }
+
+    fn take(&mut self, id: RegionId) -> Option<Region> {
+        let region = self.regions.remove(&id)?;
+        for pages in region.pages.values() {
+            discount_user(&mut self.users, pages.backing.id(), id);
+        }
+        if let Some(range) = region.active() {
+            let (start, last) = bounds(range);
+            self.view
+                .remove(start, last, Rank::new(region.priority, id));
+        }
+        Some(region)
+    }
+
+    fn set_place(
+        &mut self,
+        id: RegionId,
+        applied: &mut Applied,
+        change: impl FnOnce(Place, Option<DisabledBecause>) -> (Place, Option<DisabledBecause>),
+    ) -> Result<(), InvalidChange> {
+        let region = self
+            .regions
+            .get_mut(&id)
+            .ok_or(InvalidChange::UnknownRegion(id))?;
+        let before = (region.place, region.disabled);
+        let active_before = region.active();
+        (region.place, region.disabled) = change(before.0, before.1);
+        let active_after = region.active();
+        if (region.place, region.disabled) != before {
+            applied
+                .inverses
+                .push(Inverse::Place(id, before.0, before.1));
+        }
+        if active_before == active_after {
+            return Ok(());
+        }
+        let rank = Rank::new(region.priority, id);
+        if let Some((start, last)) = active_before.map(bounds) {
+            self.view.remove(start, last, rank);
+            applied.dirty.push((start, last));
+        }
+        if let Some((start, last)) = active_after.map(bounds) {
+            self.view.insert(start, last, rank);
+            applied.dirty.push((start, last));
+        }
+        Ok(())
+    }
+
+    /// Puts `new` in the place of all pages in the offsets `span`; what `new` does not cover is
+    /// left without.
+    fn replace_pages(
+        &mut self,
+        id: RegionId,
+        span: (u64, u64),
+        new: Vec<(u64, Pages)>,
+        applied: &mut Applied,
+    ) {
+        let Some(region) = self.regions.get_mut(&id) else {
+            return;
+        };
+        let old: Vec<(u64, Pages)> = region
+            .pages_in(span.0, span.1)
+            .map(|(offset, pages)| (offset, pages.clone()))
+            .collect();
+        // To take this back, everything from the first old or new page to the last is replaced.
+        let mut undo_span = span;
+        for (offset, pages) in &old {
+            undo_span = (undo_span.0.min(*offset), undo_span.1.max(pages.last));
+            region.pages.remove(offset);
+            applied.backings.push(pages.backing.id());
+            discount_user(&mut self.users, pages.backing.id(), id);
+            if *offset < span.0 {
+                let mut head = pages.clone();
+                head.last = span.0.wrapping_sub(1);
+                count_user(&mut self.users, head.backing.id(), id);
+                region.pages.insert(*offset, head);
+            }
+            if pages.last > span.1 {
+                let mut tail = pages.clone();
+                let start = span.1.wrapping_add(1);
+                tail.backing_offset = tail
+                    .backing_offset
+                    .wrapping_add(start.wrapping_sub(*offset));
+                count_user(&mut self.users, tail.backing.id(), id);
+                region.pages.insert(start, tail);
+            }
+        }
+        for (offset, pages) in new {
+            applied.backings.push(pages.backing.id());
+            count_user(&mut self.users, pages.backing.id(), id);
+            region.pages.insert(offset, pages);
+        }
+        if let Some(range) = region.active() {
+            applied.dirty.push(span_at(range, span.0, span.1));
+        }
+        applied.inverses.push(Inverse::Pages(id, undo_span, old));
+    }
+}
+
+fn backings(region: &Region) -> impl Iterator<Item = BackingId> + '_ {
+    region.pages.values().map(|pages| pages.backing.id())
+}
+
+fn count_user(
+    users: &mut HashMap<BackingId, BTreeMap<RegionId, usize>>,
+    backing: BackingId,
+    id: RegionId,
+) {
+    let count = users.entry(backing).or_default().entry(id).or_default();
+    *count = count.saturating_add(1);
+}
+
+fn discount_user(
+    users: &mut HashMap<BackingId, BTreeMap<RegionId, usize>>,
+    backing: BackingId,
+    id: RegionId,
+) {
+    let Some(regions) = users.get_mut(&backing) else {
+        return;
+    };
+    if let Some(count) = regions.get_mut(&id) {
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            regions.remove(&id);
+        }
+    }
+    if regions.is_empty() {
+        users.remove(&backing);
+    }
+}
+
+/// A range's first and last address.
+pub(crate) fn bounds(range: GpaRange) -> (u64, u64) {
+    (range.start().raw(), range.last().raw())
+}
+
+/// Where the offsets `start..=last` of a region at `range` lie. The offsets are within it, so
+/// nothing wraps.
+fn span_at(range: GpaRange, start: u64, last: u64) -> (u64, u64) {
+    let base = range.start().raw();
+    (base.wrapping_add(start), base.wrapping_add(last))
+}
+
+fn region_from(spec: RegionSpec) -> Result<Region, InvalidChange> {
+    let size = spec.range.size();
+    let mut pages: BTreeMap<u64, Pages> = BTreeMap::new();
+    for sub in spec.sub_mappings {
+        let (start, new) = checked_pages(&spec.name, size, sub)?;
+        let below = pages.range(..=new.last).next_back();
+        if below.is_some_and(|(_, below)| below.last >= start) {
+            return Err(InvalidChange::SubMappingsOverlap {
+                region: spec.name,
+                offset: start,
+            });
+        }
+        pages.insert(start, new);
+    }
+    Ok(Region {
+        name: spec.name,
+        size,
+        place: Place::At(spec.range),
+        disabled: Some(DisabledBecause::New),
+        priority: spec.priority,
+        kind: spec.kind,
+        access: spec.access,
+        shareable: spec.shareable,
+        label: spec.label,
+        pages,
+    })
+}
+
+/// The first and last offset of `size` bytes at `offset`, checked against the region.
+fn checked_span(
+    region: &RegionName,
+    region_size: u64,
+    offset: u64,
+    size: u64,
+) -> Result<(u64, u64), InvalidChange> {
+    let misaligned = [offset, size].iter().any(|n| n % GRANULE != 0);
+    if misaligned || size == 0 {
+        return Err(InvalidChange::Misaligned {
+            region: region.clone(),
+            offset,
+            size,
+            backing_offset: 0,
+        });
+    }
+    match offset.checked_add(size) {
+        Some(end) if end <= region_size => Ok((offset, end.wrapping_sub(1))),
+        _ => Err(InvalidChange::PastRegion {
+            region: region.clone(),
+            offset,
+            size,
+            region_size,
+        }),
+    }
+}
+
+fn checked_pages(
+    region: &RegionName,
+    region_size: u64,
+    sub: SubMapping,
+) -> Result<(u64, Pages), InvalidChange> {
+    let SubMapping {
+        offset,
+        size,
+        backing,
+        backing_offset,
+    } = sub;
+    if backing_offset % GRANULE != 0 {
+        return Err(InvalidChange::Misaligned {
+            region: region.clone(),
+            offset,
+            size,
+            backing_offset,
+        });
+    }
+    let (start, last) = checked_span(region, region_size, offset, size)?;
+    let end = backing_offset.checked_add(size);
+    if end.is_none_or(|end| end > backing.size()) {
+        return Err(InvalidChange::PastBacking {
+            region: region.clone(),
+            backing_offset,
+            size,
+            backing_size: backing.size(),
+        });
+    }
+    Ok((
+        start,
+        Pages {
+            last,
+            backing,
+            backing_offset,
+        },
+    ))
+}

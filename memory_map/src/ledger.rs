@@ -1,0 +1,124 @@
+//! The ledger of one target: the mappings it really holds, and what it refused.
+
+use std::collections::BTreeMap;
+
+use crate::{Access, Backing, Epoch, HostAddress, Reason, RegionId, RegionKind};
+
+/// One mapping that a target holds; its first address is its key.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) last: u64,
+    pub(crate) region: RegionId,
+    pub(crate) kind: RegionKind,
+    pub(crate) access: Access,
+    pub(crate) backing: Backing,
+    pub(crate) offset: u64,
+    /// The backing's epoch when the mapping was made.
+    pub(crate) epoch: Epoch,
+    /// Held for its drop: the host address that the mapping was made from outlives it.
+    pub(crate) _host: Option<HostAddress>,
+}
+
+impl Entry {
+    /// Whether the kernel may have revoked the mapping since it was made.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.epoch != self.backing.epoch()
+    }
+}
+
+/// A piece that the target should hold and does not; its first address is its key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) last: u64,
+    pub(crate) reason: Reason,
+}
+
+/// What a target holds. An entry is made when a map has succeeded and removed when an unmap has.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    pub(crate) entries: BTreeMap<u64, Entry>,
+    failures: BTreeMap<u64, Failure>,
+}
+
+impl Ledger {
+    /// The entries that overlap `start..=last`, by address.
+    pub(crate) fn entries_in(&self, start: u64, last: u64) -> impl Iterator<Item = (u64, &Entry)> {
+        let from = match self.entries.range(..=start).next_back() {
+            Some((&at, entry)) if entry.last >= start => at,
+            _ => start,
+        };
+        self.entries
+            .range(from..=last)
+            .map(|(&at, entry)| (at, entry))
+    }
+
+    /// Notes that the target does not hold `start..=last` although it should.
+    pub(crate) fn fail(&mut self, start: u64, last: u64, reason: Reason) {
+        drop(self.forget_failures(start, last));
+        self.failures.insert(start, Failure { last, reason });
+    }
+
+    /// Why the target does not hold `address`, if it should.
+    pub(crate) fn failure_at(&self, address: u64) -> Option<(u64, &Reason)> {
+        let (_, failure) = self.failures.range(..=address).next_back()?;
+        (failure.last >= address).then_some((failure.last, &failure.reason))
+    }
+
+    /// Forgets the failures in `start..=last`, and returns what was forgotten.
+    pub(crate) fn forget_failures(&mut self, start: u64, last: u64) -> Vec<(u64, Failure)> {
+        if self.failures.is_empty() {
+            return Vec::new();
+        }
+        let from = match self.failures.range(..=start).next_back() {
+            Some((&at, failure)) if failure.last >= start => at,
+            _ => start,
+        };
+        let hit: Vec<u64> = self
+            .failures
+            .range(from..=last)
+            .map(|(&at, _)| at)
+            .collect();
+        let mut forgotten = Vec::with_capacity(hit.len());
+        for at in hit {
+            let Some(failure) = self.failures.remove(&at) else {
+                continue;
+            };
+            if at < start {
+                let head = Failure {
+                    last: start.wrapping_sub(1),
+                    reason: failure.reason.clone(),
+                };
+                self.failures.insert(at, head);
+            }
+            if failure.last > last {
+                self.failures.insert(last.wrapping_add(1), failure.clone());
+            }
+            let kept_last = failure.last.min(last);
+            forgotten.push((
+                at.max(start),
+                Failure {
+                    last: kept_last,
+                    ..failure
+                },
+            ));
+        }
+        forgotten
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forgetting_a_part_of_a_failure_keeps_the_rest() {
+        let mut ledger = Ledger::default();
+        ledger.fail(0x1000, 0x4fff, Reason::Trapped);
+        let forgotten = ledger.forget_failures(0x2000, 0x2fff);
+        assert_eq!(forgotten.len(), 1);
+        assert_eq!((forgotten[0].0, forgotten[0].1.last), (0x2000, 0x2fff));
+        assert_eq!(ledger.failure_at(0x1fff), Some((0x1fff, &Reason::Trapped)));
+        assert_eq!(ledger.failure_at(0x2000), None);
+        assert_eq!(ledger.failure_at(0x3000), Some((0x4fff, &Reason::Trapped)));
+    }
+}

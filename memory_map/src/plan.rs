@@ -1,0 +1,260 @@
+//! The difference between what a target holds and what it should, as calls to be made.
+
+use crate::layout::Layout;
+use crate::ledger::{Entry, Ledger};
+use crate::translation::{Piece, Unmappable, Viewer, Wanted};
+use crate::{Access, Backing, RegionId, RegionKind};
+
+/// A mapping to be made.
+#[derive(Debug, Clone)]
+pub(crate) struct NewMapping {
+    pub(crate) start: u64,
+    pub(crate) last: u64,
+    pub(crate) region: RegionId,
+    pub(crate) kind: RegionKind,
+    pub(crate) access: Access,
+    pub(crate) backing: Backing,
+    pub(crate) offset: u64,
+}
+
+impl NewMapping {
+    pub(crate) const fn size(&self) -> u64 {
+        self.last.wrapping_sub(self.start).wrapping_add(1)
+    }
+
+    fn of_piece(piece: &Piece<'_>, start: u64, last: u64) -> Self {
+        Self {
+            start,
+            last,
+            region: piece.region,
+            kind: piece.kind,
+            access: piece.access,
+            backing: piece.backing.clone(),
+            offset: piece.offset.wrapping_add(start.wrapping_sub(piece.start)),
+        }
+    }
+
+    fn of_entry(entry_start: u64, entry: &Entry, start: u64, last: u64) -> Self {
+        Self {
+            start,
+            last,
+            region: entry.region,
+            kind: entry.kind,
+            access: entry.access,
+            backing: entry.backing.clone(),
+            offset: entry.offset.wrapping_add(start.wrapping_sub(entry_start)),
+        }
+    }
+
+    /// Whether `next` goes on where this ends, in the address space and in the backing.
+    fn goes_on_in(&self, next: &Self) -> bool {
+        self.last.checked_add(1) == Some(next.start)
+            && self.offset.wrapping_add(self.size()) == next.offset
+            && self.access == next.access
+            && self.backing == next.backing
+    }
+}
+
+/// One unmap call.
+#[derive(Debug)]
+pub(crate) struct Unmap {
+    pub(crate) start: u64,
+    pub(crate) last: u64,
+    /// The ledger entries it takes down, by their first address.
+    pub(crate) entries: Vec<u64>,
+    /// What is to be mapped again at once, because only a part of the entry had to go or only
+    /// its access has changed. Lies within the entry; the hole is open for two calls.
+    pub(crate) again: Vec<NewMapping>,
+}
+
+/// The calls that bring one target up to date.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    pub(crate) down: Vec<Unmap>,
+    pub(crate) up: Vec<NewMapping>,
+    /// What is visible and cannot be mapped by the target's own limits.
+    pub(crate) unmappable: Vec<Unmappable>,
+}
+
+impl Plan {
+    /// How many bytes will be mapped.
+    pub(crate) fn bytes(&self) -> u64 {
+        let again = self.down.iter().flat_map(|unmap| &unmap.again);
+        again
+            .chain(&self.up)
+            .fold(0, |sum, new| sum.saturating_add(new.size()))
+    }
+}
+
+/// Sorts dirty ranges, widens them to whole pages and joins those that touch.
+pub(crate) fn whole_pages(dirty: &[(u64, u64)], page: u64) -> Vec<(u64, u64)> {
+    let mask = page.wrapping_sub(1);
+    let mut pages: Vec<(u64, u64)> = dirty
+        .iter()
+        .map(|&(start, last)| (start & !mask, last | mask))
+        .collect();
+    pages.sort_unstable();
+    pages.dedup_by(|next, kept| {
+        let touches = kept.1.checked_add(1).is_none_or(|end| next.0 <= end);
+        if touches {
+            kept.1 = kept.1.max(next.1);
+        }
+        touches
+    });
+    pages
+}
+
+/// Plans for the dirty ranges `dirty`, as [`whole_pages`] makes them.
+pub(crate) fn plan(
+    layout: &Layout,
+    viewer: &Viewer<'_>,
+    ledger: &Ledger,
+    dirty: &[(u64, u64)],
+) -> Plan {
+    let mut wanted: Vec<Piece<'_>> = Vec::new();
+    let mut unmappable = Vec::new();
+    for &(start, last) in dirty {
+        viewer.wanted(layout, start, last, &mut |want| match want {
+            Wanted::Piece(piece) => wanted.push(piece),
+            Wanted::Unmappable(piece) => unmappable.push(piece),
+        });
+    }
+
+    let mut down: Vec<Unmap> = Vec::new();
+    // Addresses that need no new mapping: kept entries, and what is mapped again at once.
+    let mut settled: Vec<(u64, u64)> = Vec::new();
+    let mut next_entry = Some(0);
+    for &(start, last) in dirty {
+        for (at, entry) in ledger.entries_in(start, last) {
+            // An entry that reaches over several dirty ranges is looked at once.
+            if next_entry.is_none_or(|next| at < next) {
+                continue;
+            }
+            next_entry = entry.last.checked_add(1);
+            if !entry.is_stale() && is_wanted_whole(at, entry, dirty, &wanted) {
+                settled.push((at, entry.last));
+                continue;
+            }
+            let again = again(at, entry, dirty, &wanted);
+            settled.extend(again.iter().map(|new| (new.start, new.last)));
+            let joins = down.last().is_some_and(|previous| {
+                viewer.limits.unmap_spans
+                    && again.is_empty()
+                    && previous.again.is_empty()
+                    && previous.last.checked_add(1) == Some(at)
+            });
+            match down.last_mut() {
+                Some(previous) if joins => {
+                    previous.last = entry.last;
+                    previous.entries.push(at);
+                }
+                _ => down.push(Unmap {
+                    start: at,
+                    last: entry.last,
+                    entries: vec![at],
+                    again,
+                }),
+            }
+        }
+    }
+
+    let mut up = Vec::new();
+    let mut settled = settled.into_iter().peekable();
+    for piece in &wanted {
+        let mut next = Some(piece.start);
+        while let Some(start) = next.filter(|&start| start <= piece.last) {
+            while settled.next_if(|settled| settled.1 < start).is_some() {}
+            match settled.peek() {
+                Some(&(from, to)) if from <= start => next = to.checked_add(1),
+                Some(&(from, _)) if from <= piece.last => {
+                    chunks(piece, start, from.wrapping_sub(1), viewer, &mut up);
+                    next = Some(from);
+                }
+                _ => {
+                    chunks(piece, start, piece.last, viewer, &mut up);
+                    next = None;
+                }
+            }
+        }
+    }
+    Plan {
+        down,
+        up,
+        unmappable,
+    }
+}
+
+/// Cuts `start..=last` of a piece at multiples of the target's largest mapping.
+fn chunks(piece: &Piece<'_>, start: u64, last: u64, viewer: &Viewer<'_>, up: &mut Vec<NewMapping>) {
+    let mask = viewer.limits.largest_mapping.wrapping_sub(1);
+    let mut next = Some(start);
+    while let Some(from) = next.filter(|&from| from <= last) {
+        let to = (from | mask).min(last);
+        up.push(NewMapping::of_piece(piece, from, to));
+        next = to.checked_add(1);
+    }
+}
+
+/// The wanted pieces that overlap `start..=last`.
+fn overlapping<'w, 'a>(wanted: &'w [Piece<'a>], start: u64, last: u64) -> &'w [Piece<'a>] {
+    let from = wanted.partition_point(|piece| piece.last < start);
+    let to = wanted.partition_point(|piece| piece.start <= last);
+    wanted.get(from..to).unwrap_or_default()
+}
+
+/// The dirty ranges that overlap `start..=last`.
+fn dirty_in(dirty: &[(u64, u64)], start: u64, last: u64) -> &[(u64, u64)] {
+    let from = dirty.partition_point(|range| range.1 < start);
+    let to = dirty.partition_point(|range| range.0 <= last);
+    dirty.get(from..to).unwrap_or_default()
+}
+
+/// Whether a piece shows, at the addresses it shares with the entry, the same bytes.
+fn same_bytes(at: u64, entry: &Entry, piece: &Piece<'_>) -> bool {
+    *piece.backing == entry.backing
+        && piece.start.wrapping_sub(piece.offset) == at.wrapping_sub(entry.offset)
+}
+
+/// Whether every dirty page of the entry is still wanted just as it is.
+fn is_wanted_whole(at: u64, entry: &Entry, dirty: &[(u64, u64)], wanted: &[Piece<'_>]) -> bool {
+    dirty_in(dirty, at, entry.last).iter().all(|range| {
+        let (start, last) = (range.0.max(at), range.1.min(entry.last));
+        let mut next = Some(start);
+        for piece in overlapping(wanted, start, last) {
+            let gap = next.is_none_or(|next| piece.start > next);
+            if gap || !same_bytes(at, entry, piece) || piece.access != entry.access {
+                return false;
+            }
+            next = piece.last.checked_add(1);
+        }
+        next.is_none_or(|next| next > last)
+    })
+}
+
+/// What is to be mapped again of an entry that has to go: the parts that are not dirty, and the
+/// dirty ones that show the same bytes.
+fn again(at: u64, entry: &Entry, dirty: &[(u64, u64)], wanted: &[Piece<'_>]) -> Vec<NewMapping> {
+    let mut parts: Vec<NewMapping> = Vec::new();
+    let mut add = |part: NewMapping| match parts.last_mut() {
+        Some(previous) if previous.goes_on_in(&part) => previous.last = part.last,
+        _ => parts.push(part),
+    };
+    let mut next = Some(at);
+    for range in dirty_in(dirty, at, entry.last) {
+        let (start, last) = (range.0.max(at), range.1.min(entry.last));
+        if let Some(from) = next.filter(|&from| from < start) {
+            add(NewMapping::of_entry(at, entry, from, start.wrapping_sub(1)));
+        }
+        for piece in overlapping(wanted, start, last) {
+            if same_bytes(at, entry, piece) {
+                let (from, to) = (piece.start.max(start), piece.last.min(last));
+                add(NewMapping::of_piece(piece, from, to));
+            }
+        }
+        next = last.checked_add(1);
+    }
+    if let Some(from) = next.filter(|&from| from <= entry.last) {
+        add(NewMapping::of_entry(at, entry, from, entry.last));
+    }
+    parts
+}
