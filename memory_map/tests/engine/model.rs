@@ -1,15 +1,13 @@
 //! The map against a model that goes page by page, under random scripts and random failures.
 
-mod page_table;
-
 use std::sync::Arc;
 
+use crate::page_table::{Addresses, Fault, PAGE, PageTable, backing, limits};
 use memory_map::{
     Access, Backing, BackingId, Change, DisabledBecause, Filter, Gpa, GpaRange, InvalidChange,
     Iova, IovaRange, Label, Priority, Reach, RegionId, RegionKind, RegionManager, RegionSpec,
     SubMapping, TargetHandle, TargetLimits, TargetOptions,
 };
-use page_table::{Addresses, Fault, PAGE, PageTable, backing, limits};
 use proptest::prelude::*;
 
 const SPACE: u64 = 14;

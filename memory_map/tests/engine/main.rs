@@ -1,0 +1,8 @@
+//! The engine as a whole: against a page-by-page model, and promise by promise.
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod page_table;
+#[cfg(test)]
+mod regressions;
