@@ -1,1 +1,18 @@
-//! One contract test-suite for type1, run on the simulated host and on a real kernel.
+//! What a type1 v2 container does, errno for errno: one test-suite for the simulated host and for
+//! a real kernel, so that the simulated one stays honest.
+//!
+//! [`run`] tries every [`Case`] on a [`Type1Host`], each on a fresh container. The crate's tests
+//! run it on `sim_host`; its binary `type1-contract` runs it on the kernel that it finds itself
+//! on, with two functions that are bound to vfio-pci.
+
+mod bench;
+mod cases;
+mod dma_cases;
+mod limit_cases;
+mod map_cases;
+mod unmap_cases;
+mod verdict;
+
+pub use bench::{Bench, Type1Host, Window};
+pub use cases::{Case, cases, run};
+pub use verdict::{CaseResult, Complaint, Verdict};

@@ -1,10 +1,13 @@
-//! VFIO type1 (v2) containers as DMA targets.
-#![expect(unsafe_code, reason = "mapping memory for DMA is unsafe by nature; see map_dma")]
+//! What a VFIO type1 (v2) container does, whoever plays it.
+#![expect(
+    unsafe_code,
+    reason = "mapping memory for DMA is unsafe by nature; see map_dma"
+)]
 
 use std::io;
 
 use memory_map::{Access, HostVa, IovaRange};
-use vfio_sys::Type1Info;
+use vfio_sys::{Container, Type1Info};
 
 /// What a type1 v2 container does, as the kernel's ABI has it (`linux/vfio.h`). The real
 /// container and the simulated one both implement it, and the crate `contract` holds both to the
@@ -43,4 +46,23 @@ pub trait Type1Container: Send + Sync {
     /// # Errors
     /// The kernel's errno.
     fn unmap_all(&self) -> io::Result<u64>;
+}
+
+impl Type1Container for Container {
+    fn info(&self) -> io::Result<Type1Info> {
+        Ok(Self::info(self)?)
+    }
+
+    unsafe fn map_dma(&self, iova: IovaRange, vaddr: HostVa, access: Access) -> io::Result<()> {
+        // SAFETY: the caller vouches for the memory, in the same words.
+        unsafe { Self::map_dma(self, iova, vaddr, access) }
+    }
+
+    fn unmap_dma(&self, iova: IovaRange) -> io::Result<u64> {
+        Self::unmap_dma(self, iova)
+    }
+
+    fn unmap_all(&self) -> io::Result<u64> {
+        Self::unmap_all(self)
+    }
 }

@@ -1,1 +1,64 @@
 //! A simulated host: an IOMMU that enforces, and PCI functions behind it.
+//!
+//! It needs no privileges, no hardware and nothing of the operating system. [`SimHost`] makes
+//! everything else: [`SimRam`], which stands for the guest's memory; [`SimFunction`], a PCI
+//! function that implements [`HostFunction`](assigned_pci::HostFunction); [`SimContainer`], a VFIO
+//! container that implements [`Type1Container`](iommu::Type1Container).
+//!
+//! ```text
+//!   SimFunction --- DMA at an IOVA ---> its group's SimContainer --- page by page ---> SimRam,
+//!    (edu)                               or a Fault                                    or a BAR,
+//!                                                                                      or a BusError
+//! ```
+//!
+//! Host addresses are plain numbers that stand for memory only in here. What the code under test
+//! must never do, such as giving back memory that a device can still reach, is recorded as a
+//! [`Violation`]; every test that uses the simulated host should find
+//! [`SimHost::violations`] empty at its end.
+//!
+//! ```
+//! use assigned_pci::HostFunction;
+//! use iommu::Type1Container;
+//! use memory_map::Backing;
+//! use sim_host::{FunctionSpec, SimHost};
+//!
+//! let host = SimHost::default();
+//! let edu = host.add_function(FunctionSpec::edu("0000:00:05.0"))?;
+//! let peer = host.add_function(FunctionSpec::shared_memory("0000:00:06.0", 4 << 20))?;
+//! let container = host.container(&[&edu, &peer])?;
+//! let ram = Backing::new(host.ram(16 << 20)?);
+//!
+//! assert_eq!(container.info()?.entries_left, Some(65_535));
+//! assert!(host.mappings().is_empty() && host.violations().is_empty());
+//! # let _ = ram;
+//! # std::io::Result::Ok(())
+//! ```
+
+mod address_space;
+mod bar;
+mod call;
+mod config_space;
+mod container;
+mod domain;
+mod edu;
+mod function;
+mod function_spec;
+mod gate;
+mod host;
+mod log;
+mod page;
+mod physical;
+mod ram;
+mod sparse;
+mod translation;
+
+pub use bar::{SimBar, SimBarArea};
+pub use call::{Call, CallRecord};
+pub use container::{ContainerId, GroupId, SimContainer};
+pub use function::SimFunction;
+pub use function_spec::{BarKind, BarSpec, FunctionSpec};
+pub use host::{HostSpec, SimHost, SimMapping};
+pub use log::{BusError, BusErrorCause, Fault, FaultCause, Violation};
+pub use ram::SimRam;
+pub use sparse::OutOfBounds;
+pub use translation::BrokenTranslation;

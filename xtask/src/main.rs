@@ -1,3 +1,175 @@
 //! The workspace's chores: check, test, lab.
 
-fn main() {}
+mod check;
+mod guest_programs;
+mod lab_run;
+mod lab_test;
+mod tool;
+mod workspace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use lab::kernel::KernelChoice;
+
+/// The workspace's chores.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Format, lints, documentation, licences: what CI runs first.
+    ///
+    /// Runs cargo fmt, clippy and doc with warnings as errors, and cargo-deny (licences, bans and
+    /// sources). cargo-deny is built into the cache the first time, which takes a few minutes.
+    Check,
+    /// `check`, then all tests, then all lab scenarios.
+    ///
+    /// Tests are units, properties, contract tests on the simulated host, and documentation. Ends
+    /// with the lab's count on a line of its own.
+    Test(Strictness),
+    /// The nested machine: QEMU, a real kernel, a real IOMMU driver.
+    ///
+    /// What it needs (QEMU, a stock kernel, a shell; about 150 MB of packages) is fetched with apt
+    /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. Nothing
+    /// is installed, and no privileges are needed.
+    #[command(subcommand)]
+    Lab(LabChore),
+}
+
+#[derive(Debug, Subcommand)]
+enum LabChore {
+    /// Boots a nested machine and runs a command in it, as root.
+    ///
+    /// Every PCI function given with --device is bound to vfio-pci. The workspace's programs
+    /// (throughway among them) and busybox's applets are on the PATH. The command's standard output
+    /// and standard error are this program's; everything else goes to standard error or to logs.
+    /// Ends with the command's exit status (128 and the signal's number if a signal ended it, 127 if
+    /// there is no such program), or with 125 if the machine could not be had, died, or took too
+    /// long.
+    Run(RunArgs),
+    /// Runs the lab's scenarios.
+    Test(TestArgs),
+    /// Fetches what the lab needs into the cache, and does nothing else.
+    Fetch,
+}
+
+/// What `lab run` is told.
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Debian's kernel, or an image (bzImage or vmlinux) with everything built in.
+    #[arg(long, value_name = "stock|PATH", default_value = "stock")]
+    kernel: KernelChoice,
+    /// A QEMU object, as after QEMU's -object. May be repeated.
+    #[arg(long = "object", value_name = "QEMU-OBJECT")]
+    objects: Vec<String>,
+    /// A QEMU device, as after QEMU's -device. May be repeated.
+    #[arg(long = "device", value_name = "QEMU-DEVICE")]
+    devices: Vec<String>,
+    /// A file for the nested machine; at /lab/files under its own name unless GUEST, an absolute
+    /// path, says otherwise. May be repeated.
+    #[arg(long = "file", value_name = "HOST[:GUEST]")]
+    files: Vec<String>,
+    /// The machine's memory, in QEMU's notation.
+    #[arg(long, default_value = "2G")]
+    memory: String,
+    /// How long the command may take, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    timeout: u64,
+    /// Keep the machine's logs (console, QEMU, traces) even if all goes well, and say where.
+    #[arg(long)]
+    keep_logs: bool,
+    /// The command and its arguments.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// What `lab test` is told.
+#[derive(Debug, Args)]
+struct TestArgs {
+    /// Only scenarios whose name contains this.
+    filter: Option<String>,
+    /// List them instead of running them.
+    #[arg(long)]
+    list: bool,
+    #[command(flatten)]
+    strictness: Strictness,
+}
+
+/// What a skip counts for.
+#[derive(Debug, Clone, Copy, Args)]
+struct Strictness {
+    /// A skipped scenario fails the run. Implied by CI=true in the environment.
+    #[arg(long)]
+    no_skips: bool,
+}
+
+impl Strictness {
+    fn refuses_skips(self) -> bool {
+        self.no_skips || std::env::var("CI").is_ok_and(|ci| ci == "true" || ci == "1")
+    }
+}
+
+/// The files of `--file`, read and checked.
+fn guest_files(texts: &[String]) -> anyhow::Result<Vec<lab::initramfs::GuestFile>> {
+    let mut files = Vec::new();
+    for text in texts {
+        files.push(lab::initramfs::GuestFile::parse(text)?);
+    }
+    Ok(files)
+}
+
+/// The status of an error of our own, told apart from those of commands in the nested machine.
+const OWN_ERROR: u8 = 125;
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().chore {
+        Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
+        Chore::Test(strictness) => test(strictness),
+        Chore::Lab(LabChore::Run(args)) => {
+            return lab_run::run(&args).unwrap_or_else(|error| {
+                complain(&error);
+                ExitCode::from(OWN_ERROR)
+            });
+        }
+        Chore::Lab(LabChore::Test(args)) => lab_test::test(
+            args.filter.as_deref(),
+            args.list,
+            args.strictness.refuses_skips(),
+        ),
+        Chore::Lab(LabChore::Fetch) => fetch(),
+    };
+    result.unwrap_or_else(|error| {
+        complain(&error);
+        ExitCode::FAILURE
+    })
+}
+
+fn test(strictness: Strictness) -> anyhow::Result<ExitCode> {
+    check::check()?;
+    workspace::cargo(&["test", "--workspace", "--locked"], &[])?;
+    lab_test::test(None, false, strictness.refuses_skips())
+}
+
+fn fetch() -> anyhow::Result<ExitCode> {
+    let cache = lab::cache::Cache::from_environment()?;
+    let (qemu, kernel, shell) = lab::parts::fetch(&cache, &KernelChoice::Stock)?;
+    println!("QEMU    {}", qemu.version);
+    println!("kernel  {}", kernel.description);
+    println!("shell   {}", shell.display());
+    println!("cache   {}", PathBuf::from(cache.root()).display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An error with its causes, on standard error.
+fn complain(error: &anyhow::Error) {
+    eprintln!("xtask: {error}");
+    for cause in error.chain().skip(1) {
+        eprintln!("  because: {cause}");
+    }
+}

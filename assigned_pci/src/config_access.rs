@@ -1,0 +1,114 @@
+//! The guest's accesses to config space.
+//!
+//! What is intercepted: the memory space bit of the command register, the six base address
+//! registers, and the expansion ROM's, which is hidden. Everything else goes to the host's side
+//! and is what that makes of it.
+
+use crate::command::Command;
+use crate::config_space::{BARS, BARS_END, COMMAND, ROM, ROM_END, STATUS, is_access};
+use crate::function::State;
+use crate::{AssignedFunction, HostCall, HostError, Outcome};
+use memory_map::DisabledBecause;
+
+impl AssignedFunction {
+    /// The guest reads `data.len()` bytes at `offset` of config space: 1, 2 or 4, naturally
+    /// aligned. Any other access, one past the end of config space, and one that the host refuses
+    /// read all ones. Returns what the host said, if it refused.
+    pub fn config_read(&self, offset: u16, data: &mut [u8]) -> Option<HostError> {
+        data.fill(0xff);
+        if !is_access(offset, data.len(), self.config_size) {
+            return None;
+        }
+        let state = self.state.lock();
+        if state.removed {
+            return None;
+        }
+        match offset {
+            BARS..BARS_END => {
+                let registers = state.bar_registers(offset);
+                for (byte, value) in data.iter_mut().zip(registers) {
+                    *byte = value;
+                }
+                return None;
+            }
+            ROM..ROM_END => {
+                data.fill(0);
+                return None;
+            }
+            _ => {}
+        }
+        if let Err(error) = self.host.config_read(offset, data) {
+            data.fill(0xff);
+            return Some(HostError::new(HostCall::ConfigRead(offset), &error));
+        }
+        if let (COMMAND, Some(low)) = (offset, data.first_mut()) {
+            [*low, _] = Command::new((*low).into())
+                .with_memory(state.decoding)
+                .to_bytes();
+        }
+        None
+    }
+
+    /// The guest writes `data` at `offset` of config space: 1, 2 or 4 bytes, naturally aligned.
+    /// Any other access, and one past the end of config space, is ignored. When this returns,
+    /// every target holds what the registers say.
+    pub fn config_write(&self, offset: u16, data: &[u8]) -> Outcome {
+        let mut outcome = Outcome::default();
+        if !is_access(offset, data.len(), self.config_size) {
+            return outcome;
+        }
+        let mut state = self.state.lock();
+        if state.removed {
+            return outcome;
+        }
+        match offset {
+            COMMAND..STATUS => self.write_command(&mut state, offset, data, &mut outcome),
+            BARS..BARS_END => {
+                state.write_bar(offset, data);
+                self.sync(&mut state, DisabledBecause::DecodingOff, &mut outcome);
+            }
+            ROM..ROM_END => {}
+            _ => {
+                self.write_host(offset, data, &mut outcome);
+            }
+        }
+        outcome
+    }
+}
+
+/// Which of the six registers lies at `offset`, and which of its bytes.
+fn register_at(offset: u16) -> Option<(u8, usize)> {
+    let within = offset.checked_sub(BARS)?;
+    let register = u8::try_from(within / 4).ok()?;
+    Some((register, usize::from(within % 4)))
+}
+
+impl State {
+    /// The bytes of the BAR's register at `offset`, from there on; zeroes where there is no BAR.
+    fn bar_registers(&self, offset: u16) -> impl Iterator<Item = u8> {
+        let found = register_at(offset).and_then(|(register, byte)| {
+            self.bars.iter().find_map(|assigned| {
+                let lane = assigned.bar.lane_of(register)?;
+                Some((assigned.bar.registers(), lane.saturating_add(byte)))
+            })
+        });
+        let (registers, skip) = found.unwrap_or_default();
+        registers.to_le_bytes().into_iter().skip(skip)
+    }
+
+    /// Writes the BAR's register at `offset`, if there is a BAR.
+    fn write_bar(&mut self, offset: u16, data: &[u8]) {
+        let Some((register, byte)) = register_at(offset) else {
+            return;
+        };
+        let decoding = self.decoding;
+        for assigned in &mut self.bars {
+            if let Some(lane) = assigned.bar.lane_of(register) {
+                assigned
+                    .bar
+                    .write(lane.saturating_add(byte), data, decoding);
+                return;
+            }
+        }
+    }
+}

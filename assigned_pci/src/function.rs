@@ -1,0 +1,454 @@
+//! The assigned function: one PCI function of the host's, as the guest sees it.
+//!
+//! The embedder makes an [`AssignedFunction`] from the host's side of the function and a handle
+//! on the memory map, and shares it between its vCPU threads. It owns one region of the map for
+//! each memory BAR, from its making until it is removed or dropped.
+//!
+//! # Locks
+//! One mutex for each function, held for a whole access to config space, so that writes take
+//! effect one after the other, as on the bus. It is taken before the map's locks and never the
+//! other way round: whoever is called *by* the map (a target, a cut-off, one who watches) must not
+//! call an `AssignedFunction`, only a [`HostFunction`]. Whoever takes several functions' locks
+//! takes them in the order of their names; nothing here takes more than one. No lock of the map is
+//! held across a call to the host.
+//!
+//! Reads and writes of BARs hold no lock.
+
+use std::fmt;
+use std::sync::Arc;
+
+use memory_map::{Backing, DisabledBecause, Gpa, Priority, RegionId, RegionManager};
+use parking_lot::Mutex;
+
+use crate::bar::{Bar, BarKind};
+use crate::command::Command;
+use crate::config_space::{COMMAND, CONVENTIONAL_SIZE, ConfigReader, EXPRESS_SIZE};
+use crate::discovery::{bar_error, quiesce, read_bars, read_ids, region};
+use crate::{
+    BarIndex, Capability, FunctionError, HostCall, HostError, HostFunction, Msix, Outcome,
+    capability, mappable,
+};
+
+/// How a function is assigned.
+#[derive(Debug, Clone, Default)]
+pub struct FunctionOptions {
+    /// The priority of its BARs' regions. RAM's should be higher, so that a BAR that the guest
+    /// puts over RAM does not hide it.
+    pub priority: Priority,
+}
+
+/// A vendor id and the device id that the vendor gave (PCI Local Bus 3.0, 6.2.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VendorDevice {
+    /// The vendor.
+    pub vendor: u16,
+    /// The device.
+    pub device: u16,
+}
+
+impl fmt::Display for VendorDevice {
+    /// As `lspci -n` prints it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{:04x}", self.vendor, self.device)
+    }
+}
+
+/// A BAR, as it is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarInfo {
+    /// Which.
+    pub index: BarIndex,
+    /// What it decodes.
+    pub kind: BarKind,
+    /// Its size in bytes, a power of two.
+    pub size: u64,
+    /// Where the guest put it: a guest-physical address, or a port for an I/O BAR.
+    pub address: u64,
+    /// Its region in the memory map; none for an I/O BAR.
+    pub region: Option<RegionId>,
+    /// Whether the region is enabled.
+    pub enabled: bool,
+}
+
+/// A CPU access that reached a BAR.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuAccess {
+    /// Which BAR answers.
+    pub bar: BarIndex,
+    /// Where in it the access begins, in bytes.
+    pub offset: u64,
+    /// What the access did to the map.
+    pub outcome: Outcome,
+}
+
+/// One assigned PCI function. See the [crate's documentation](crate) for what it intercepts.
+pub struct AssignedFunction {
+    pub(crate) host: Arc<dyn HostFunction>,
+    pub(crate) config_size: u16,
+    name: String,
+    map: RegionManager,
+    vendor_device: VendorDevice,
+    capabilities: Vec<Capability>,
+    msix: Option<Msix>,
+    pub(crate) state: Mutex<State>,
+}
+
+/// What changes.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) bars: Vec<AssignedBar>,
+    /// Whether the guest sees memory decoding on. Off as soon as the guest asks for that; on only
+    /// when the physical register is.
+    pub(crate) decoding: bool,
+    /// Whether the function has been taken out of the guest.
+    pub(crate) removed: bool,
+}
+
+/// A BAR's register beside what the map was told last.
+#[derive(Debug)]
+pub(crate) struct AssignedBar {
+    pub(crate) bar: Bar,
+    backings: Vec<Backing>,
+    shown: Option<Shown>,
+}
+
+/// What the map was told last of a memory BAR.
+#[derive(Debug, Clone, Copy)]
+struct Shown {
+    region: RegionId,
+    at: u64,
+    /// None: enabled.
+    down: Option<DisabledBecause>,
+}
+
+impl AssignedFunction {
+    /// Makes the function as it is at power-on: nothing decoded, all BARs at 0. Bus mastering and
+    /// decoding are turned off in the physical command register, and one disabled region for each
+    /// memory BAR is added to `map`.
+    ///
+    /// # Errors
+    /// See [`FunctionError`]: a host that refuses, a device that does not answer or whose config
+    /// space makes no sense, a map that does not take the regions.
+    pub fn new(
+        host: Arc<dyn HostFunction>,
+        map: RegionManager,
+        options: &FunctionOptions,
+    ) -> Result<Self, FunctionError> {
+        let name = host.name();
+        let config = ConfigReader {
+            host: &*host,
+            function: &name,
+        };
+        let config_size = host.config_size();
+        if !matches!(config_size, CONVENTIONAL_SIZE | EXPRESS_SIZE) {
+            return Err(FunctionError::ConfigSize {
+                function: name,
+                size: config_size,
+            });
+        }
+        let vendor_device = read_ids(&config)?;
+        let capabilities = capability::walk(&config, config_size)?;
+        let found = read_bars(&config)?;
+        let bars: Vec<Bar> = found.iter().map(|(bar, _)| bar.clone()).collect();
+        let msix = Msix::read(&config, &capabilities, &bars)?;
+
+        let mut state = State {
+            bars: Vec::new(),
+            decoding: false,
+            removed: false,
+        };
+        let mut change = map.change();
+        for (bar, behind) in found {
+            let mut shown = None;
+            if bar.kind().is_memory() {
+                let trapped: Vec<_> = msix
+                    .iter()
+                    .flat_map(|msix| msix.trapped(bar.index()))
+                    .collect();
+                let sub_mappings = mappable::sub_mappings(&behind, &trapped)
+                    .map_err(|problem| bar_error(&name, bar.index(), problem))?;
+                let spec = region(&name, &bar, sub_mappings, options).map_err(|error| {
+                    FunctionError::Map {
+                        function: name.clone(),
+                        error,
+                    }
+                })?;
+                let region = change.add(spec);
+                change.disable(region, DisabledBecause::DecodingOff);
+                shown = Some(Shown {
+                    region,
+                    at: bar.address(),
+                    down: Some(DisabledBecause::DecodingOff),
+                });
+            }
+            state.bars.push(AssignedBar {
+                bar,
+                backings: behind.areas.into_iter().map(|area| area.backing).collect(),
+                shown,
+            });
+        }
+        quiesce(&config)?;
+        // The kernel revokes when decoding goes off. Nothing of ours is mapped yet.
+        for backing in state.bars.iter().flat_map(|assigned| &assigned.backings) {
+            backing.advance_epoch();
+        }
+        change.commit().map_err(|error| FunctionError::Map {
+            function: name.clone(),
+            error,
+        })?;
+        Ok(Self {
+            config_size,
+            name,
+            vendor_device,
+            capabilities,
+            msix,
+            state: Mutex::new(state),
+            host,
+            map,
+        })
+    }
+
+    /// For people: the BDF, for a real function.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What device it is.
+    #[must_use]
+    pub const fn vendor_device(&self) -> VendorDevice {
+        self.vendor_device
+    }
+
+    /// The host's side of the function.
+    #[must_use]
+    pub fn host(&self) -> &Arc<dyn HostFunction> {
+        &self.host
+    }
+
+    /// Its capabilities, the standard ones first, each list in its own order.
+    #[must_use]
+    pub fn capabilities(&self) -> &[Capability] {
+        &self.capabilities
+    }
+
+    /// Its MSI-X capability, if it has one.
+    #[must_use]
+    pub const fn msix(&self) -> Option<&Msix> {
+        self.msix.as_ref()
+    }
+
+    /// Its BARs, as they are now, by index. The upper half of a 64-bit one is not listed.
+    #[must_use]
+    pub fn bars(&self) -> Vec<BarInfo> {
+        let state = self.state.lock();
+        state.bars.iter().map(AssignedBar::info).collect()
+    }
+
+    /// The region of a memory BAR, if there is such a BAR.
+    #[must_use]
+    pub fn region_of(&self, bar: BarIndex) -> Option<RegionId> {
+        let state = self.state.lock();
+        let assigned = state.bars.iter().find(|a| a.bar.index() == bar)?;
+        assigned.shown.map(|shown| shown.region)
+    }
+
+    /// The BAR of a region, if the region is one of this function's.
+    #[must_use]
+    pub fn bar_of(&self, region: RegionId) -> Option<BarIndex> {
+        let state = self.state.lock();
+        let mut bars = state.bars.iter();
+        bars.find(|a| a.shown.is_some_and(|shown| shown.region == region))
+            .map(|a| a.bar.index())
+    }
+
+    /// To be called for a CPU access at `gpa` where nothing in the map's view answers. If a BAR of
+    /// this function is there as its registers stand, the access reaches it: half written or not,
+    /// it is visible from now on. A BAR that is being sized stays down.
+    #[must_use = "what it did to the map should not be lost"]
+    pub fn cpu_access(&self, gpa: Gpa) -> Option<CpuAccess> {
+        let mut state = self.state.lock();
+        if state.removed || !state.decoding {
+            return None;
+        }
+        let (bar, offset) = state.bars.iter_mut().find_map(|assigned| {
+            let bar = &mut assigned.bar;
+            if !bar.kind().is_memory() || bar.is_sized() {
+                return None;
+            }
+            let offset = gpa.raw().checked_sub(bar.address())?;
+            if offset >= bar.size() {
+                return None;
+            }
+            bar.settle();
+            Some((bar.index(), offset))
+        })?;
+        let mut outcome = Outcome::default();
+        self.sync(&mut state, DisabledBecause::DecodingOff, &mut outcome);
+        Some(CpuAccess {
+            bar,
+            offset,
+            outcome,
+        })
+    }
+
+    /// Resets the function, and its emulated state to that at power-on: nothing decoded, all BARs
+    /// at 0.
+    ///
+    /// In this order: the BARs leave the map; the host resets the function; decoding and bus
+    /// mastering are turned off in the physical command register, which the host may have
+    /// restored; what was mapped from the BARs counts as revoked, whatever the host said, for a
+    /// reset that fails may have revoked it all the same.
+    pub fn reset(&self) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut state = self.state.lock();
+        if state.removed {
+            return outcome;
+        }
+        state.decoding = false;
+        self.sync(&mut state, DisabledBecause::Resetting, &mut outcome);
+        if let Err(error) = self.host.reset() {
+            let error = HostError::new(HostCall::Reset, &error);
+            outcome.host_errors.push(error);
+        }
+        self.write_host(COMMAND, &Command::OFF.to_bytes(), &mut outcome);
+        for assigned in &mut state.bars {
+            assigned.bar.reset();
+        }
+        self.sync(&mut state, DisabledBecause::DecodingOff, &mut outcome);
+        self.revoke(&state, &mut outcome);
+        outcome
+    }
+
+    /// Takes the function out of the guest: its regions leave the map. From then on config space
+    /// reads all ones and everything written is ignored. A second call does nothing.
+    pub fn remove(&self) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut state = self.state.lock();
+        if state.removed {
+            return outcome;
+        }
+        state.removed = true;
+        state.decoding = false;
+        let regions: Vec<_> = state
+            .bars
+            .iter_mut()
+            .filter_map(|assigned| assigned.shown.take())
+            .map(|shown| shown.region)
+            .collect();
+        let mut change = self.map.change();
+        for region in &regions {
+            change.remove(*region);
+        }
+        if !outcome.record(change.commit_guest()) {
+            // Somebody else has removed one of them: the others go one by one.
+            for region in regions {
+                let mut change = self.map.change();
+                change.remove(region);
+                outcome.record(change.commit_guest());
+            }
+        }
+        outcome
+    }
+
+    /// Whether the guest sees memory decoding on.
+    #[must_use]
+    pub fn is_decoding(&self) -> bool {
+        self.state.lock().decoding
+    }
+
+    /// Makes the map show what the registers say, in one commit, or in none if it does already.
+    /// `down` is what a BAR's reach says while the function does not decode.
+    pub(crate) fn sync(&self, state: &mut State, down: DisabledBecause, outcome: &mut Outcome) {
+        let mut change = self.map.change();
+        let mut wanted = Vec::new();
+        for assigned in &mut state.bars {
+            let Some(shown) = &mut assigned.shown else {
+                continue;
+            };
+            let want = Shown {
+                region: shown.region,
+                at: assigned.bar.address(),
+                down: match (state.decoding, assigned.bar.is_placed()) {
+                    (true, true) => None,
+                    (true, false) => Some(DisabledBecause::HalfWritten),
+                    (false, _) => Some(down),
+                },
+            };
+            let moves = want.at != shown.at;
+            let turns = want.down != shown.down;
+            if moves {
+                change.move_to(want.region, Gpa::new(want.at));
+            }
+            match want.down {
+                Some(because) if turns => change.disable(want.region, because),
+                None if turns => change.enable(want.region),
+                _ => {}
+            }
+            if moves || turns {
+                wanted.push((shown, want));
+            }
+        }
+        // Where the map refuses, it is as it was, and the next access tries again.
+        if !wanted.is_empty() && outcome.record(change.commit_guest()) {
+            for (shown, want) in wanted {
+                *shown = want;
+            }
+        }
+    }
+
+    /// Says to the map that the kernel may have revoked what was mapped from the BARs. They are
+    /// down, so that this takes down and makes again only what others mapped from them.
+    pub(crate) fn revoke(&self, state: &State, outcome: &mut Outcome) {
+        let mut change = self.map.change();
+        let mut any = false;
+        for backing in state.bars.iter().flat_map(|assigned| &assigned.backings) {
+            change.revoke(backing);
+            any = true;
+        }
+        if any {
+            outcome.record(change.commit_guest());
+        }
+    }
+
+    /// Writes the host's config space and tells whether the host took it.
+    pub(crate) fn write_host(&self, offset: u16, data: &[u8], outcome: &mut Outcome) -> bool {
+        let written = self.host.config_write(offset, data);
+        if let Err(error) = &written {
+            let error = HostError::new(HostCall::ConfigWrite(offset), error);
+            outcome.host_errors.push(error);
+        }
+        written.is_ok()
+    }
+}
+
+impl AssignedBar {
+    fn info(&self) -> BarInfo {
+        BarInfo {
+            index: self.bar.index(),
+            kind: self.bar.kind(),
+            size: self.bar.size(),
+            address: self.bar.address(),
+            region: self.shown.map(|shown| shown.region),
+            enabled: self.shown.is_some_and(|shown| shown.down.is_none()),
+        }
+    }
+}
+
+impl Drop for AssignedFunction {
+    /// Takes its regions out of the map.
+    fn drop(&mut self) {
+        // The map cannot refuse; that a region has gone before is no harm.
+        drop(self.remove());
+    }
+}
+
+impl fmt::Debug for AssignedFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AssignedFunction")
+            .field("name", &self.name)
+            .field("vendor_device", &self.vendor_device)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,364 @@
+//! A host function and a DMA target that write one log, so that a test sees the order of what the
+//! two were asked.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use memory_map::{
+    Access, Backing, BackingObject, DmaTarget, Errno, Gpa, HostMapping, Iova, IovaRange,
+    MapRequest, Reach, RegionManager, TargetError, TargetHandle, TargetLimits, TargetOptions,
+};
+use parking_lot::Mutex;
+
+use crate::{
+    AssignedFunction, BarIndex, FunctionError, FunctionOptions, HostBar, HostBarArea, HostFunction,
+    Outcome,
+};
+
+pub(super) const EIO: i32 = 5;
+pub(super) const ENOTTY: i32 = 25;
+
+pub(super) const COMMAND: u16 = 0x04;
+/// Bus mastering and memory decoding.
+pub(super) const ON: u16 = 0x06;
+/// Bus mastering alone.
+pub(super) const OFF: u16 = 0x04;
+
+/// The type bits of a BAR's register.
+pub(super) const MEMORY_32: u32 = 0;
+pub(super) const MEMORY_64: u32 = 0b0100;
+pub(super) const MEMORY_64_PREFETCHABLE: u32 = 0b1100;
+pub(super) const IO: u32 = 1;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Event {
+    ConfigWrite(u16, Vec<u8>),
+    Reset,
+    BarRead(u64, usize),
+    BarWrite(u64, usize),
+    Map(u64),
+    Unmap(u64),
+}
+
+pub(super) type Log = Arc<Mutex<Vec<Event>>>;
+
+#[derive(Debug)]
+struct Pages(u64);
+
+impl BackingObject for Pages {
+    fn size(&self) -> u64 {
+        self.0
+    }
+    fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno> {
+        Err(Errno::new(EIO))
+    }
+}
+
+/// What the host is to refuse.
+#[derive(Debug, Default)]
+pub(super) struct Refusals {
+    pub(super) config_read: bool,
+    pub(super) config_write: bool,
+    pub(super) bar_access: bool,
+    pub(super) reset: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct FakeHost {
+    pub(super) name: String,
+    pub(super) log: Log,
+    pub(super) config: Mutex<Vec<u8>>,
+    pub(super) bars: [Option<HostBar>; 6],
+    pub(super) refuse: Mutex<Refusals>,
+}
+
+impl FakeHost {
+    pub(super) fn new() -> Self {
+        let mut config = vec![0; 256];
+        config[..4].copy_from_slice(&[0x34, 0x12, 0x78, 0x56]);
+        Self {
+            name: "fake".into(),
+            log: Log::default(),
+            config: Mutex::new(config),
+            bars: Default::default(),
+            refuse: Mutex::default(),
+        }
+    }
+
+    pub(super) fn named(mut self, name: &str) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Gives it a BAR with these mappable areas.
+    pub(super) fn bar(self, index: u8, kind: u32, size: u64, areas: &[(u64, u64)]) -> Self {
+        let mut host = self.set_dword(0x10 + u16::from(index) * 4, kind);
+        let areas = areas
+            .iter()
+            .map(|(offset, size)| HostBarArea {
+                offset: *offset,
+                size: *size,
+                backing: Backing::new(Pages(*size)),
+            })
+            .collect();
+        host.bars[usize::from(index)] = Some(HostBar { size, areas });
+        host
+    }
+
+    /// Gives it a BAR that can be mapped whole.
+    pub(super) fn whole_bar(self, index: u8, kind: u32, size: u64) -> Self {
+        self.bar(index, kind, size, &[(0, size)])
+    }
+
+    pub(super) fn set_dword(self, offset: u16, value: u32) -> Self {
+        let offset = usize::from(offset);
+        self.config.lock()[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    pub(super) fn extended(self) -> Self {
+        self.config.lock().resize(4096, 0);
+        self
+    }
+
+    /// Gives a register that holds nothing yet a value.
+    pub(super) fn set_dword_if_clear(self, offset: u16, value: u32) -> Self {
+        let at = usize::from(offset);
+        let clear = self.config.lock()[at..at + 4] == [0; 4];
+        if clear {
+            self.set_dword(offset, value)
+        } else {
+            self
+        }
+    }
+
+    /// Gives it a list of standard capabilities, from the pointer in the header on.
+    pub(super) fn capabilities(mut self, first: u8, list: &[(u16, u32)]) -> Self {
+        self = self
+            .set_dword(0x04, 0x0010_0000)
+            .set_dword(0x34, first.into());
+        for (offset, header) in list {
+            self = self.set_dword(*offset, *header);
+        }
+        self
+    }
+
+    pub(super) fn command(&self) -> u16 {
+        let config = self.config.lock();
+        u16::from_le_bytes([config[4], config[5]])
+    }
+
+    pub(super) fn backing(&self, bar: usize) -> Backing {
+        self.bars[bar].as_ref().unwrap().areas[0].backing.clone()
+    }
+
+    pub(super) fn assign(self) -> Result<AssignedFunction, FunctionError> {
+        let map = RegionManager::new();
+        AssignedFunction::new(Arc::new(self), map, &FunctionOptions::default())
+    }
+
+    /// The error with which it is refused, as text.
+    pub(super) fn refusal(self) -> String {
+        self.assign().unwrap_err().to_string()
+    }
+}
+
+fn refused(refuse: bool, errno: i32) -> io::Result<()> {
+    if refuse {
+        Err(io::Error::from_raw_os_error(errno))
+    } else {
+        Ok(())
+    }
+}
+
+impl HostFunction for FakeHost {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn config_size(&self) -> u16 {
+        self.config.lock().len().try_into().unwrap()
+    }
+
+    fn config_read(&self, offset: u16, data: &mut [u8]) -> io::Result<()> {
+        refused(self.refuse.lock().config_read, EIO)?;
+        let offset = usize::from(offset);
+        data.copy_from_slice(&self.config.lock()[offset..offset + data.len()]);
+        Ok(())
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) -> io::Result<()> {
+        let event = Event::ConfigWrite(offset, data.to_vec());
+        self.log.lock().push(event);
+        refused(self.refuse.lock().config_write, EIO)?;
+        let mut config = self.config.lock();
+        for (place, byte) in (usize::from(offset)..).zip(data) {
+            match place {
+                // The status register's bits are cleared by ones; the list's is read-only.
+                6 => config[place] &= !byte | 0x10,
+                7 => config[place] &= !byte,
+                _ => config[place] = *byte,
+            }
+        }
+        Ok(())
+    }
+
+    fn bar(&self, bar: BarIndex) -> io::Result<Option<HostBar>> {
+        Ok(self.bars[usize::from(bar.get())].clone())
+    }
+
+    fn bar_read(&self, _bar: BarIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.log.lock().push(Event::BarRead(offset, data.len()));
+        refused(self.refuse.lock().bar_access, EIO)?;
+        data.fill(0x5a);
+        Ok(())
+    }
+
+    fn bar_write(&self, _bar: BarIndex, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.log.lock().push(Event::BarWrite(offset, data.len()));
+        refused(self.refuse.lock().bar_access, EIO)
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        self.log.lock().push(Event::Reset);
+        refused(self.refuse.lock().reset, ENOTTY)
+    }
+}
+
+/// What a target holds: start to size.
+pub(super) type Mapped = Arc<Mutex<BTreeMap<u64, u64>>>;
+
+struct Recorder {
+    log: Log,
+    mapped: Mapped,
+}
+
+impl DmaTarget for Recorder {
+    fn limits(&self) -> Result<TargetLimits, Errno> {
+        let last = Iova::new((1 << 52) - 1);
+        Ok(TargetLimits {
+            page_size: 0x1000,
+            allowed: vec![IovaRange::from_inclusive(Iova::new(0), last).unwrap()],
+            entry_limit: None,
+            largest_mapping: 1 << 51,
+            read_only: true,
+            device_memory: true,
+            unmap_spans: true,
+        })
+    }
+
+    fn needs_host_address(&self, _backing: &Backing) -> bool {
+        false
+    }
+
+    fn map(&mut self, request: &MapRequest) -> Result<(), TargetError> {
+        assert_eq!(request.access, Access::ReadWrite);
+        let start = request.iova.start().raw();
+        self.log.lock().push(Event::Map(start));
+        let before = self.mapped.lock().insert(start, request.iova.size());
+        assert_eq!(before, None);
+        Ok(())
+    }
+
+    fn unmap(&mut self, range: IovaRange) -> Result<(), TargetError> {
+        self.log.lock().push(Event::Unmap(range.start().raw()));
+        let mut mapped = self.mapped.lock();
+        mapped.retain(|start, _| !range.contains(Iova::new(*start)));
+        Ok(())
+    }
+}
+
+/// A function in a map that one target follows.
+#[derive(Debug)]
+pub(super) struct Bench {
+    pub(super) host: Arc<FakeHost>,
+    pub(super) map: RegionManager,
+    pub(super) function: AssignedFunction,
+    pub(super) mapped: Mapped,
+    pub(super) target: TargetHandle,
+}
+
+impl Bench {
+    /// The log begins empty.
+    pub(super) fn new(host: FakeHost) -> Self {
+        let host = Arc::new(host);
+        let map = RegionManager::new();
+        let mapped = Mapped::default();
+        let recorder = Recorder {
+            log: host.log.clone(),
+            mapped: mapped.clone(),
+        };
+        let target = map
+            .register(Box::new(recorder), TargetOptions::new("recorder"))
+            .unwrap();
+        let options = FunctionOptions::default();
+        let function = AssignedFunction::new(host.clone(), map.clone(), &options).unwrap();
+        host.log.lock().clear();
+        Self {
+            host,
+            map,
+            function,
+            mapped,
+            target,
+        }
+    }
+
+    /// A function with one 64-bit prefetchable BAR 2 of 64 KiB.
+    pub(super) fn with_64_bit_bar() -> Self {
+        Self::new(FakeHost::new().whole_bar(2, MEMORY_64_PREFETCHABLE, 0x1_0000))
+    }
+
+    /// A function with one 32-bit BAR 0 of 64 KiB.
+    pub(super) fn with_32_bit_bar() -> Self {
+        Self::new(FakeHost::new().whole_bar(0, MEMORY_32, 0x1_0000))
+    }
+
+    pub(super) fn command(&self, command: u16) -> Outcome {
+        self.function.config_write(COMMAND, &command.to_le_bytes())
+    }
+
+    /// Writes the register numbered `register`.
+    pub(super) fn bar(&self, register: u16, value: u32) -> Outcome {
+        let offset = 0x10 + register * 4;
+        self.function.config_write(offset, &value.to_le_bytes())
+    }
+
+    pub(super) fn read(&self, offset: u16) -> u32 {
+        let mut bytes = [0; 4];
+        assert_eq!(self.function.config_read(offset, &mut bytes), None);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// What was asked of the host and the target since the last look.
+    pub(super) fn events(&self) -> Vec<Event> {
+        std::mem::take(&mut *self.host.log.lock())
+    }
+
+    /// Where the target's mappings start.
+    pub(super) fn mapped(&self) -> Vec<u64> {
+        self.mapped.lock().keys().copied().collect()
+    }
+
+    /// Where the guest sees anything, and how much.
+    pub(super) fn view(&self) -> Vec<(u64, u64)> {
+        self.map
+            .view()
+            .iter()
+            .map(|segment| (segment.range.start().raw(), segment.range.size()))
+            .collect()
+    }
+
+    pub(super) fn reach(&self, bar: u8) -> Reach {
+        let region = self.function.region_of(BarIndex::new(bar).unwrap());
+        self.map
+            .reach_of(self.target.id(), region.unwrap())
+            .unwrap()
+    }
+
+    pub(super) fn cpu_access(&self, gpa: u64) -> Option<(BarIndex, u64)> {
+        let access = self.function.cpu_access(Gpa::new(gpa))?;
+        assert!(access.outcome.is_ok());
+        Some((access.bar, access.offset))
+    }
+}

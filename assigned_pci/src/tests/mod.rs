@@ -1,0 +1,10 @@
+//! Scenarios of one function or two, against a fake host and a real map.
+
+mod any_order;
+mod capabilities;
+mod creation;
+mod decoding;
+mod fake;
+mod firmware;
+mod moves;
+mod registers;

@@ -1,0 +1,155 @@
+//! What every DMA engine can do, and which function has one.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use assigned_pci::HostFunction;
+use memory_map::{Iova, IovaRange, RangeError};
+
+use crate::Edu;
+
+/// A DMA engine with a buffer of its own.
+///
+/// It cannot tell whether the IOMMU let an access through: a blocked write goes nowhere, and a
+/// blocked read leaves something else in the buffer, on most machines zeroes or all ones. Whoever
+/// wants to know compares the bytes.
+pub trait DmaEngine: Send {
+    /// For people: what kind of engine it is, and of which function.
+    fn name(&self) -> String;
+
+    /// How many bytes one transfer can move at the most: the size of the engine's buffer.
+    fn max_transfer(&self) -> u64;
+
+    /// The highest bus address that it can be given.
+    fn last_address(&self) -> Iova;
+
+    /// Copies `len` bytes from the bus to the start of the engine's buffer, and waits until they
+    /// are there.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    fn load(&mut self, from: Iova, len: u64) -> Result<(), EngineError>;
+
+    /// Copies `len` bytes from the start of the engine's buffer to the bus, and waits until they
+    /// have gone.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    fn store(&mut self, to: Iova, len: u64) -> Result<(), EngineError>;
+
+    /// Copies `len` bytes from one bus address to another, piece by piece.
+    ///
+    /// # Errors
+    /// See [`EngineError`]; a part may have been copied by then.
+    fn copy(&mut self, from: Iova, to: Iova, len: u64) -> Result<(), EngineError> {
+        let most = self.max_transfer().max(1);
+        let mut done = 0;
+        while done < len {
+            let piece = most.min(len.saturating_sub(done));
+            let beyond = |start: Iova| EngineError::Range {
+                source: RangeError::Wraps {
+                    start: start.raw(),
+                    size: len,
+                },
+            };
+            self.load(from.checked_add(done).ok_or_else(|| beyond(from))?, piece)?;
+            self.store(to.checked_add(done).ok_or_else(|| beyond(to))?, piece)?;
+            done = done.saturating_add(piece);
+        }
+        Ok(())
+    }
+}
+
+/// Why a DMA engine did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The host refused an access to the function.
+    #[error("accessing {function} failed")]
+    Access {
+        /// The function.
+        function: String,
+        /// The host's errno; `EIO` where the function does not decode memory.
+        #[source]
+        source: io::Error,
+    },
+    /// The function has no BAR where the engine's registers should be.
+    #[error("{function} has no BAR0 of at least {needed:#x} bytes")]
+    NoRegisters {
+        /// The function.
+        function: String,
+        /// How large the BAR must be.
+        needed: u64,
+    },
+    /// The registers do not say what the driver expects.
+    #[error("{function} identifies itself as {found:#010x}, which is no edu")]
+    Identification {
+        /// The function.
+        function: String,
+        /// What the identification register holds.
+        found: u32,
+    },
+    /// The liveness register does not answer with the inverse of what was written.
+    #[error(
+        "{function} does not answer its liveness check: wrote {wrote:#010x}, read {read:#010x}"
+    )]
+    NotAlive {
+        /// The function.
+        function: String,
+        /// What was written.
+        wrote: u32,
+        /// What came back instead of its inverse.
+        read: u32,
+    },
+    /// The transfer was not done in time.
+    #[error("{function} was still busy after {waited:?}")]
+    Timeout {
+        /// The function.
+        function: String,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// The transfer has no bytes, or more than the engine's buffer.
+    #[error("cannot transfer {len:#x} bytes at once, only 1 to {most:#x}")]
+    Length {
+        /// How many were asked for.
+        len: u64,
+        /// How many fit.
+        most: u64,
+    },
+    /// The engine cannot be given that address.
+    #[error(
+        "{function} cannot be given {range}, only addresses up to {last}: the kernel cuts 8-byte \
+         accesses in two"
+    )]
+    OutOfReach {
+        /// The function.
+        function: String,
+        /// The bus addresses.
+        range: IovaRange,
+        /// The highest that it can be given.
+        last: Iova,
+    },
+    /// The bus addresses wrap past the end of the address space.
+    #[error("no such bus addresses")]
+    Range {
+        /// Why.
+        #[source]
+        source: RangeError,
+    },
+}
+
+/// The engine of a function, if there is a driver for it. It goes by vendor and device id; a
+/// function whose config space cannot be read has none.
+#[must_use]
+pub fn find_engine(function: &Arc<dyn HostFunction>) -> Option<Box<dyn DmaEngine>> {
+    let mut id = [0; 4];
+    function.config_read(0, &mut id).ok()?;
+    let [vendor_low, vendor_high, device_low, device_high] = id;
+    let vendor = u16::from_le_bytes([vendor_low, vendor_high]);
+    let device = u16::from_le_bytes([device_low, device_high]);
+    match (vendor, device) {
+        (Edu::VENDOR, Edu::DEVICE) => Some(Box::new(Edu::new(Arc::clone(function)))),
+        _ => None,
+    }
+}

@@ -1,0 +1,298 @@
+//! What a scenario is, and how a list of them is run.
+//!
+//! A [`Scenario`] is a named check on a running nested machine of a given [`Shape`]. Scenarios of
+//! one shape share a boot, in the order of the list; a machine that a scenario has lost is booted
+//! anew for the next one. A scenario asks by [`Sharing::Own`] for a machine that nobody else uses.
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use crate::channel::Status;
+use crate::dmar::DmarFault;
+use crate::machine::{Machine, MachineError, Output, TraceMark};
+use crate::parts::Parts;
+use crate::spec::Spec;
+
+/// How long one command of a scenario may take.
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+/// How long a machine may take to power off.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
+
+/// A machine that scenarios want: its devices, in QEMU's notation.
+#[derive(Debug)]
+pub struct Shape {
+    /// Its name, in reports.
+    pub name: &'static str,
+    /// QEMU `-object` values.
+    pub objects: &'static [&'static str],
+    /// QEMU `-device` values.
+    pub devices: &'static [&'static str],
+}
+
+/// Whether a scenario's machine may serve other scenarios too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// It leaves the machine as it found it.
+    Shared,
+    /// It needs a machine of its own.
+    Own,
+}
+
+/// A named check on a nested machine.
+#[derive(Debug)]
+pub struct Scenario {
+    /// What it shows, as a test's name.
+    pub name: &'static str,
+    /// On which machine.
+    pub shape: &'static Shape,
+    /// Whether the machine may serve others, too.
+    pub sharing: Sharing,
+    /// The check.
+    pub run: fn(&mut Bench) -> Result<(), ScenarioError>,
+}
+
+/// Why a scenario did not pass.
+#[derive(Debug, thiserror::Error)]
+pub enum ScenarioError {
+    /// What was seen is not what was expected.
+    #[error("{0}")]
+    Unexpected(String),
+    /// The machine cannot do what the scenario is about: a skip, not a failure.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The machine failed.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A command's output is not the JSON it should be.
+    #[error("no JSON on standard output:\n{output}")]
+    Json {
+        /// What there was.
+        output: String,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl ScenarioError {
+    /// An [`ScenarioError::Unexpected`] of anything that can be shown.
+    pub fn unexpected(seen: impl std::fmt::Display) -> Self {
+        Self::Unexpected(seen.to_string())
+    }
+}
+
+/// Fails with a message unless a condition holds.
+///
+/// # Errors
+/// [`ScenarioError::Unexpected`] with the message.
+pub fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result<(), ScenarioError> {
+    if holds {
+        Ok(())
+    } else {
+        Err(ScenarioError::Unexpected(otherwise()))
+    }
+}
+
+/// A machine as a scenario sees it.
+#[derive(Debug)]
+pub struct Bench {
+    machine: Machine,
+    mark: TraceMark,
+}
+
+impl Bench {
+    /// The machine, for what the bench does not offer.
+    pub fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
+    /// Runs a command to its end, however it ends.
+    ///
+    /// # Errors
+    /// When the machine fails.
+    pub fn run(&mut self, argv: &[&str]) -> Result<Output, ScenarioError> {
+        Ok(self.machine.run(argv, COMMAND_LIMIT)?)
+    }
+
+    /// Runs a command that must end with status 0, and gives its standard output.
+    ///
+    /// # Errors
+    /// When it ends otherwise, with what it wrote; when the machine fails.
+    pub fn run_ok(&mut self, argv: &[&str]) -> Result<String, ScenarioError> {
+        let output = self.run(argv)?;
+        ensure(output.status.success(), || told(argv, &output))?;
+        Ok(output.stdout_text())
+    }
+
+    /// Runs a shell script that must end with status 0, and gives its standard output.
+    ///
+    /// # Errors
+    /// As [`Bench::run_ok`].
+    pub fn shell(&mut self, script: &str) -> Result<String, ScenarioError> {
+        self.run_ok(&["sh", "-euc", script])
+    }
+
+    /// Runs a command and reads its standard output as one JSON value, however the command ends.
+    ///
+    /// # Errors
+    /// When it is no JSON; when the machine fails.
+    pub fn run_json(
+        &mut self,
+        argv: &[&str],
+    ) -> Result<(Status, serde_json::Value), ScenarioError> {
+        let output = self.run(argv)?;
+        let value =
+            serde_json::from_slice(&output.stdout).map_err(|source| ScenarioError::Json {
+                output: told(argv, &output),
+                source,
+            })?;
+        Ok((output.status, value))
+    }
+
+    /// The DMA faults QEMU's IOMMU has reported since the scenario began, or since the last call
+    /// of [`Bench::forget_faults`].
+    ///
+    /// # Errors
+    /// When the trace cannot be read.
+    pub fn dmar_faults(&self) -> Result<Vec<DmarFault>, ScenarioError> {
+        Ok(self.machine.dmar_faults_since(self.mark)?)
+    }
+
+    /// Leaves the faults up to now out of what [`Bench::dmar_faults`] gives.
+    ///
+    /// # Errors
+    /// When the trace cannot be looked at.
+    pub fn forget_faults(&mut self) -> Result<(), ScenarioError> {
+        self.mark = self.machine.trace_mark()?;
+        Ok(())
+    }
+}
+
+fn told(argv: &[&str], output: &Output) -> String {
+    let mut text = format!("`{}`: {}", argv.join(" "), output.status);
+    for (name, content) in [
+        ("stdout", output.stdout_text()),
+        ("stderr", output.stderr_text()),
+    ] {
+        if !content.trim().is_empty() {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "\n{name}:\n{}", content.trim_end());
+        }
+    }
+    text
+}
+
+/// How a scenario ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// As expected.
+    Passed,
+    /// Not as expected.
+    Failed(String),
+    /// Not at all, for this reason.
+    Skipped(String),
+}
+
+/// One line of the report.
+#[derive(Debug)]
+pub struct Report {
+    /// The scenario's name.
+    pub name: &'static str,
+    /// How it ended.
+    pub verdict: Verdict,
+    /// How long it took, without the boot.
+    pub duration: Duration,
+}
+
+/// Runs scenarios, grouped by shape, and reports each as it ends.
+pub fn run_all(parts: &Parts, scenarios: &[&'static Scenario], report: &mut dyn FnMut(Report)) {
+    let mut left: Vec<&'static Scenario> = scenarios.to_vec();
+    while let Some(first) = left.first().copied() {
+        let shares = |scenario: &Scenario| {
+            std::ptr::eq(scenario.shape, first.shape)
+                && scenario.sharing == Sharing::Shared
+                && first.sharing == Sharing::Shared
+        };
+        let (group, rest): (Vec<_>, Vec<_>) = left
+            .into_iter()
+            .partition(|scenario| std::ptr::eq(*scenario, first) || shares(scenario));
+        left = rest;
+        run_group(parts, &group, report);
+    }
+}
+
+/// Runs scenarios on one machine, as long as it lives.
+fn run_group(parts: &Parts, group: &[&'static Scenario], report: &mut dyn FnMut(Report)) {
+    let mut running: Option<Machine> = None;
+    for scenario in group {
+        let mut say = |verdict, duration| {
+            report(Report {
+                name: scenario.name,
+                verdict,
+                duration,
+            });
+        };
+        let machine = match running.take() {
+            Some(machine) => machine,
+            None => match boot(parts, scenario.shape) {
+                Ok(machine) => machine,
+                Err(error) => {
+                    say(Verdict::Failed(chain(&error)), Duration::ZERO);
+                    continue;
+                }
+            },
+        };
+        let start = Instant::now();
+        let (verdict, machine) = on_bench(machine, scenario);
+        say(verdict, start.elapsed());
+        running = machine.filter(Machine::is_alive);
+    }
+    if let Some(machine) = running
+        && let Err(error) = machine.shut_down(POWER_OFF_LIMIT)
+    {
+        // The scenarios have had their verdicts; this is worth knowing all the same.
+        eprintln!("lab: {}", chain(&error));
+    }
+}
+
+fn on_bench(machine: Machine, scenario: &Scenario) -> (Verdict, Option<Machine>) {
+    let mark = match machine.trace_mark() {
+        Ok(mark) => mark,
+        Err(error) => return (Verdict::Failed(chain(&error)), None),
+    };
+    let mut bench = Bench { machine, mark };
+    let verdict = match (scenario.run)(&mut bench) {
+        Ok(()) => Verdict::Passed,
+        Err(ScenarioError::Unsupported(reason)) => Verdict::Skipped(reason),
+        Err(error) => Verdict::Failed(chain(&error)),
+    };
+    (verdict, Some(bench.machine))
+}
+
+fn boot(parts: &Parts, shape: &Shape) -> Result<Machine, MachineError> {
+    let owned = |values: &[&str]| values.iter().map(ToString::to_string).collect();
+    let spec = Spec {
+        objects: owned(shape.objects),
+        devices: owned(shape.devices),
+        ..Spec::default()
+    };
+    let machine = Machine::boot(parts, &spec)?;
+    let seconds = machine.boot_time().as_secs_f64();
+    eprintln!("lab: machine `{}` up after {seconds:.1} s", shape.name);
+    for problem in machine.problems() {
+        eprintln!("lab: machine `{}`: {problem}", shape.name);
+    }
+    Ok(machine)
+}
+
+/// An error with its causes, on one line each.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "\n  because: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,253 @@
+//! What kind of function is to be plugged in.
+
+use assigned_pci::BarIndex;
+use memory_map::IovaRange;
+
+use crate::GroupId;
+use crate::gate::COMMAND_MEMORY;
+use crate::page::PAGE;
+
+/// What a BAR's type bits say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BarKind {
+    /// I/O ports.
+    Io,
+    /// 32-bit memory, not prefetchable.
+    Memory32,
+    /// 32-bit memory, prefetchable.
+    Memory32Prefetchable,
+    /// 64-bit memory, not prefetchable, such as an NVMe controller's BAR0.
+    Memory64,
+    /// 64-bit memory, prefetchable.
+    Memory64Prefetchable,
+}
+
+impl BarKind {
+    /// The low bits of the register.
+    pub(crate) const fn type_bits(self) -> u32 {
+        match self {
+            Self::Io => 0b0001,
+            Self::Memory32 => 0b0000,
+            Self::Memory32Prefetchable => 0b1000,
+            Self::Memory64 => 0b0100,
+            Self::Memory64Prefetchable => 0b1100,
+        }
+    }
+
+    /// Whether it takes two registers.
+    pub(crate) const fn is_wide(self) -> bool {
+        matches!(self, Self::Memory64 | Self::Memory64Prefetchable)
+    }
+}
+
+/// A BAR to be.
+#[derive(Debug, Clone)]
+pub struct BarSpec {
+    pub(crate) kind: BarKind,
+    pub(crate) size: u64,
+    pub(crate) areas: Vec<(u64, u64)>,
+}
+
+impl BarSpec {
+    /// A BAR of `size` bytes. All of it can be mapped if it is memory and made of whole pages;
+    /// a smaller one cannot be mapped at all.
+    ///
+    /// A size that is no power of two is taken as it is: no device has one, but a broken one may
+    /// claim to.
+    #[must_use]
+    pub fn new(kind: BarKind, size: u64) -> Self {
+        let whole = kind != BarKind::Io && size > 0 && size.is_multiple_of(PAGE);
+        Self {
+            kind,
+            size,
+            areas: whole.then_some((0, size)).into_iter().collect(),
+        }
+    }
+
+    /// Only these parts can be mapped: pairs of offset and size in bytes, both in whole pages.
+    /// What lies between them is trapped, like an MSI-X table.
+    #[must_use]
+    pub fn with_areas(mut self, areas: impl IntoIterator<Item = (u64, u64)>) -> Self {
+        self.areas = areas.into_iter().collect();
+        self
+    }
+}
+
+/// What stands behind BAR0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Model {
+    /// Memory, as behind every other BAR.
+    Memory,
+    /// QEMU's edu.
+    Edu,
+}
+
+/// A function to be plugged in.
+#[derive(Debug, Clone)]
+pub struct FunctionSpec {
+    pub(crate) name: String,
+    pub(crate) vendor: u16,
+    pub(crate) device: u16,
+    pub(crate) class: u32,
+    pub(crate) command: u16,
+    pub(crate) config_size: u16,
+    pub(crate) bars: [Option<BarSpec>; 6],
+    pub(crate) raw: Vec<(u16, Vec<u8>)>,
+    pub(crate) group: Option<GroupId>,
+    pub(crate) reserved: Vec<IovaRange>,
+    pub(crate) resettable: bool,
+    pub(crate) gone: bool,
+    pub(crate) split_wide: bool,
+    pub(crate) model: Model,
+}
+
+/// Where the first capability lies.
+const CAPABILITIES: u8 = 0x40;
+
+impl FunctionSpec {
+    /// A function without BARs and capabilities, in a group of its own, without a reset. As VFIO
+    /// leaves a function that it has opened, it decodes memory and does not master the bus.
+    #[must_use]
+    pub fn new(name: impl Into<String>, vendor: u16, device: u16) -> Self {
+        Self {
+            name: name.into(),
+            vendor,
+            device,
+            class: 0xff_0000,
+            command: COMMAND_MEMORY,
+            config_size: 256,
+            bars: Default::default(),
+            raw: Vec::new(),
+            group: None,
+            reserved: Vec::new(),
+            resettable: false,
+            gone: false,
+            split_wide: false,
+            model: Model::Memory,
+        }
+    }
+
+    /// A DMA engine, modelled on QEMU's edu: BAR0 is 1 MiB of registers, 32-bit. MSI.
+    #[must_use]
+    pub fn edu(name: impl Into<String>) -> Self {
+        let mut spec = Self::new(name, 0x1234, 0x11e8)
+            .with_bar(BarIndex::ALL[0], BarSpec::new(BarKind::Memory32, 0x10_0000))
+            .with_capability_list(CAPABILITIES, msi(0));
+        spec.model = Model::Edu;
+        spec
+    }
+
+    /// A function with a large memory BAR, modelled on QEMU's ivshmem-plain: BAR0 is 256 bytes,
+    /// BAR2 is 64-bit prefetchable memory of `size` bytes.
+    #[must_use]
+    pub fn shared_memory(name: impl Into<String>, size: u64) -> Self {
+        let mut spec = Self::new(name, 0x1af4, 0x1110)
+            .with_bar(BarIndex::ALL[0], BarSpec::new(BarKind::Memory32, 0x100))
+            .with_bar(
+                BarIndex::ALL[2],
+                BarSpec::new(BarKind::Memory64Prefetchable, size),
+            );
+        spec.class = 0x05_0000;
+        spec
+    }
+
+    /// A BAR, instead of the one that was there.
+    #[must_use]
+    pub fn with_bar(mut self, bar: BarIndex, spec: BarSpec) -> Self {
+        if let Some(slot) = self.bars.get_mut(usize::from(bar.get())) {
+            *slot = Some(spec);
+        }
+        self
+    }
+
+    /// The command register as it is at first.
+    #[must_use]
+    pub fn with_command(mut self, command: u16) -> Self {
+        self.command = command;
+        self
+    }
+
+    /// Extended config space: 4096 bytes instead of 256.
+    #[must_use]
+    pub fn with_extended_config(mut self) -> Self {
+        self.config_size = 4096;
+        self
+    }
+
+    /// Bytes of config space, laid over everything but the command register and the BARs. They
+    /// are read-only, except in an MSI capability. What lies past the end is left out.
+    #[must_use]
+    pub fn with_config_bytes(mut self, offset: u16, bytes: impl Into<Vec<u8>>) -> Self {
+        self.raw.push((offset, bytes.into()));
+        self
+    }
+
+    /// A capability list that starts at `at` with these bytes.
+    #[must_use]
+    pub fn with_capability_list(self, at: u8, bytes: impl Into<Vec<u8>>) -> Self {
+        // The list bit of the status register, and the pointer to the list.
+        self.with_config_bytes(0x06, [0x10, 0x00])
+            .with_config_bytes(0x34, [at])
+            .with_config_bytes(u16::from(at), bytes)
+    }
+
+    /// Bad input: a capability list that never ends.
+    #[must_use]
+    pub fn with_cyclic_capabilities(self) -> Self {
+        self.with_capability_list(CAPABILITIES, msi(0x60))
+            .with_config_bytes(0x60, [0x09, CAPABILITIES, 0x03, 0x00])
+    }
+
+    /// Bad input: an MSI-X capability whose end lies past the end of the first 256 bytes.
+    #[must_use]
+    pub fn with_truncated_capabilities(self) -> Self {
+        self.with_capability_list(0xfc, [0x11, 0x00, 0x00, 0x00])
+    }
+
+    /// Bad input: a capability list that points into the header.
+    #[must_use]
+    pub fn with_capabilities_in_header(self) -> Self {
+        self.with_capability_list(CAPABILITIES, msi(0x10))
+    }
+
+    /// Bad input: every read gives all ones, as from a device that has fallen off the bus.
+    #[must_use]
+    pub fn all_ones(mut self) -> Self {
+        self.gone = true;
+        self
+    }
+
+    /// The group, instead of one of its own.
+    #[must_use]
+    pub fn in_group(mut self, group: GroupId) -> Self {
+        self.group = Some(group);
+        self
+    }
+
+    /// A range that the function's group reserves: it may not be mapped in a container that the
+    /// group is in.
+    #[must_use]
+    pub fn with_reserved(mut self, range: IovaRange) -> Self {
+        self.reserved.push(range);
+        self
+    }
+
+    /// A function that can be reset.
+    #[must_use]
+    pub fn with_reset(mut self) -> Self {
+        self.resettable = true;
+        self
+    }
+
+    /// A kernel that cuts 8-byte BAR accesses in two, as vfio-pci on x86 does before Linux 6.15.
+    #[must_use]
+    pub fn with_split_wide_accesses(mut self) -> Self {
+        self.split_wide = true;
+        self
+    }
+}
+
+/// An MSI capability with 64-bit addresses and one vector.
+fn msi(next: u8) -> [u8; 14] {
+    [0x05, next, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+}
