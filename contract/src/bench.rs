@@ -75,6 +75,18 @@ pub trait Bench {
     /// As [`HostFunction::config_write`](assigned_pci::HostFunction::config_write).
     fn set_decoding(&self, on: bool) -> io::Result<()>;
 
+    /// Has the function with the engine master the bus, or not.
+    ///
+    /// # Errors
+    /// As [`HostFunction::config_write`](assigned_pci::HostFunction::config_write).
+    fn set_mastering(&self, on: bool) -> io::Result<()>;
+
+    /// A second container, which no group has joined: it has no IOMMU.
+    ///
+    /// # Errors
+    /// Where the host cannot open one.
+    fn without_iommu(&self) -> io::Result<Box<dyn Type1Container>>;
+
     /// The engine, whose DMA goes through the container.
     fn engine(&mut self) -> &mut dyn DmaEngine;
 

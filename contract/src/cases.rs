@@ -6,7 +6,7 @@ use memory_map::{Access, HostVa, Iova, IovaRange};
 use crate::verdict::{granted, same};
 use crate::{
     Bench, CaseResult, Complaint, Type1Host, Verdict, dma_cases, limit_cases, map_cases,
-    unmap_cases,
+    random_cases, unmap_cases,
 };
 
 /// A page in bytes.
@@ -63,6 +63,8 @@ pub fn cases() -> Vec<Case> {
         map_cases::bar_maps_like_memory,
         map_cases::bar_that_is_not_decoded_is_efault,
         map_cases::bar_that_is_decoded_again_maps,
+        map_cases::bar_access_without_decoding_is_eio,
+        map_cases::without_an_iommu_everything_is_einval,
         map_cases::misalignment_is_found_before_overlap,
         map_cases::overlap_is_found_before_reserved_windows,
         map_cases::reserved_windows_are_found_before_missing_memory,
@@ -103,6 +105,10 @@ pub fn cases() -> Vec<Case> {
         dma_cases::another_page_at_the_same_address_shows,
         dma_cases::ram_reaches_the_bar_and_back,
         dma_cases::nothing_arrives_in_an_unmapped_bar,
+        dma_cases::a_mapped_bar_is_not_revoked_when_decoding_goes_off,
+        dma_cases::nothing_moves_without_bus_mastering,
+        dma_cases::addresses_above_4_gib_are_reached,
+        random_cases::random_calls_end_as_the_model_says,
     ]
 }
 

@@ -144,3 +144,48 @@ pub(crate) fn nothing_arrives_in_an_unmapped_bar(bench: &mut dyn Bench) -> Verdi
     bench.engine().store(iova(32), 8)?;
     same("in the BAR", granted(bench.bar_read(0))?, OTHER)
 }
+
+/// Type1 does not revoke: the mapping of a BAR outlasts its decoding, and leads nowhere meanwhile.
+pub(crate) fn a_mapped_bar_is_not_revoked_when_decoding_goes_off(bench: &mut dyn Bench) -> Verdict {
+    two_pages(bench)?;
+    bench.bar_write(0, OTHER)?;
+    let bar = bench.bar();
+    let window = pages(32, bar.size / PAGE)?;
+    granted(bench.map(window, bar.address, Access::ReadWrite))?;
+    bench.engine().load(iova(0), 8)?;
+    bench.set_decoding(false)?;
+    bench.engine().store(iova(32), 8)?;
+    bench.set_decoding(true)?;
+    same("in the BAR", granted(bench.bar_read(0))?, OTHER)?;
+    bench.engine().store(iova(32), 8)?;
+    same("in the BAR", granted(bench.bar_read(0))?, TEXT)?;
+    let bytes = granted(bench.container().unmap_dma(window))?;
+    same("bytes unmapped", bytes, bar.size)
+}
+
+pub(crate) fn nothing_moves_without_bus_mastering(bench: &mut dyn Bench) -> Verdict {
+    two_pages(bench)?;
+    bench.engine().load(iova(0), 8)?;
+    bench.set_mastering(false)?;
+    bench.engine().store(iova(2), 8)?;
+    same("in RAM", ram(bench, DESTINATION)?, [0; 8])?;
+    bench.set_mastering(true)?;
+    bench.engine().store(iova(2), 8)?;
+    same("in RAM", ram(bench, DESTINATION)?, TEXT)
+}
+
+pub(crate) fn addresses_above_4_gib_are_reached(bench: &mut dyn Bench) -> Verdict {
+    const HIGH: u64 = 0x12_3456_7000;
+    two_pages(bench)?;
+    bench.engine().load(iova(0), 8)?;
+    let last = bench.engine().last_address();
+    if last < Iova::new(HIGH + PAGE) {
+        return Err(Complaint::Skipped(format!(
+            "{} can only be given addresses up to {last}",
+            bench.engine().name()
+        )));
+    }
+    map_ram(bench, range(HIGH, PAGE)?, 6)?;
+    bench.engine().store(Iova::new(HIGH), 8)?;
+    same("in RAM", ram(bench, 6 * PAGE)?, TEXT)
+}

@@ -9,10 +9,15 @@ mod bench;
 mod cases;
 mod dma_cases;
 mod limit_cases;
+mod locked_limit;
 mod map_cases;
+mod model;
+mod random_cases;
+mod real;
 mod unmap_cases;
 mod verdict;
 
 pub use bench::{Bench, Type1Host, Window};
 pub use cases::{Case, cases, run};
+pub use real::RealHost;
 pub use verdict::{CaseResult, Complaint, Verdict};

@@ -1,10 +1,10 @@
 //! What may be mapped, and with which errno the rest is refused.
 
-use libc::{EEXIST, EFAULT, EINVAL, EOVERFLOW};
+use libc::{EEXIST, EFAULT, EINVAL, EIO, EOVERFLOW};
 use memory_map::{Access, HostVa, Iova, IovaRange};
 
 use crate::cases::{AT, MSI, MSI_SIZE, NOWHERE, PAGE, map_ram, pages, ram_page, range, unmaps};
-use crate::verdict::{granted, refused, refused_with_one_of};
+use crate::verdict::{granted, refused, refused_with_one_of, same};
 use crate::{Bench, Complaint, Verdict};
 
 /// Tries to map RAM there.
@@ -208,6 +208,23 @@ pub(crate) fn bar_that_is_decoded_again_maps(bench: &mut dyn Bench) -> Verdict {
     bench.set_decoding(true)?;
     granted(bench.map(iova, bar.address, Access::ReadWrite))?;
     unmaps(bench.container(), iova, bar.size)
+}
+
+/// Not type1's doing but vfio-pci's, and what makes a driver of the function notice.
+pub(crate) fn bar_access_without_decoding_is_eio(bench: &mut dyn Bench) -> Verdict {
+    granted(bench.bar_write(0, *b"sentinel"))?;
+    bench.set_decoding(false)?;
+    refused(bench.bar_read(0), EIO)?;
+    refused(bench.bar_write(0, [0; 8]), EIO)?;
+    bench.set_decoding(true)?;
+    same("in the BAR", granted(bench.bar_read(0))?, *b"sentinel")
+}
+
+pub(crate) fn without_an_iommu_everything_is_einval(bench: &mut dyn Bench) -> Verdict {
+    let container = bench.without_iommu()?;
+    refused(container.info(), EINVAL)?;
+    refused(container.unmap_dma(pages(0, 1)?), EINVAL)?;
+    refused(container.unmap_all(), EINVAL)
 }
 
 pub(crate) fn misalignment_is_found_before_overlap(bench: &mut dyn Bench) -> Verdict {

@@ -1,4 +1,8 @@
 //! The contract, tried on the simulated host.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a panic here is a failed test and nothing else"
+)]
 
 use std::any::Any;
 use std::io;
@@ -11,6 +15,7 @@ use iommu::Type1Container;
 use memory_map::{Access, BackingObject, HostMapping, HostVa, IovaRange};
 use sim_host::{
     BrokenTranslation, Call, FunctionSpec, SimBarArea, SimContainer, SimFunction, SimHost, SimRam,
+    Violation,
 };
 
 const RAM_SIZE: u64 = 0x4_0000;
@@ -32,14 +37,16 @@ struct SimBench {
     ram: SimRam,
     ram_address: Box<dyn HostMapping>,
     bar_address: Box<dyn HostMapping>,
-    _edu: Arc<SimFunction>,
+    edu: Arc<SimFunction>,
 }
 
 impl Drop for SimBench {
     fn drop(&mut self) {
-        // Not what a case is about, but a case must not do it either.
         self.container.unmap_all().unwrap();
-        assert_eq!(self.host.violations(), []);
+        // Some cases do on purpose what a VMM must not: they take decoding away from a mapped BAR.
+        let mut freed = self.host.violations().into_iter();
+        let freed = freed.find(|it| !matches!(it, Violation::DecodingOffWhileMapped { .. }));
+        assert_eq!(freed, None);
     }
 }
 
@@ -61,7 +68,7 @@ impl Type1Host for Sim {
             bar_address: area.map_host()?,
             peer,
             ram,
-            _edu: edu,
+            edu,
             host,
         };
         (self.sabotage)(&bench.host);
@@ -120,6 +127,15 @@ impl Bench for SimBench {
     fn set_decoding(&self, on: bool) -> io::Result<()> {
         let command: u16 = if on { 6 } else { 4 };
         self.peer.config_write(4, &command.to_le_bytes())
+    }
+
+    fn set_mastering(&self, on: bool) -> io::Result<()> {
+        let command: u16 = if on { 6 } else { 2 };
+        self.edu.config_write(4, &command.to_le_bytes())
+    }
+
+    fn without_iommu(&self) -> io::Result<Box<dyn Type1Container>> {
+        Ok(Box::new(self.host.open_container()))
     }
 
     fn engine(&mut self) -> &mut dyn DmaEngine {

@@ -1,9 +1,9 @@
 //! QEMU's edu (`docs/specs/edu.rst` in QEMU).
 //!
 //! Its registers lie in BAR0. Those below 0x80 take 4-byte accesses only. The DMA registers are 8
-//! bytes wide, but before Linux 6.15 vfio-pci on x86 cuts an 8-byte access in two, and edu takes
-//! the first half for the whole and ignores the second. The driver finds out which it is, and
-//! then refuses addresses that would be cut.
+//! bytes wide, but older kernels' vfio-pci cuts an 8-byte access in two (6.12.117 does not:
+//! measured), and edu takes the first half for the whole and ignores the second. The driver finds
+//! out which it is, and then refuses addresses that would be cut.
 
 use std::sync::Arc;
 use std::thread;

@@ -41,7 +41,8 @@ impl fmt::Display for RequesterId {
 pub struct DmarFault {
     /// The function that asked.
     pub device: RequesterId,
-    /// The I/O virtual address it asked for. QEMU reports the exact address or that of its page.
+    /// The I/O virtual address it asked for, exactly. One DMA may be blocked in several pieces (edu's
+    /// come four bytes at a time, measured with QEMU 10.0.2), each of them a fault.
     pub iova: u64,
     /// Whether it wanted to write.
     pub write: bool,

@@ -239,7 +239,7 @@ impl FunctionSpec {
         self
     }
 
-    /// A kernel that cuts 8-byte BAR accesses in two, as vfio-pci on x86 does before Linux 6.15.
+    /// A kernel that cuts 8-byte BAR accesses in two, as older kernels' vfio-pci does.
     #[must_use]
     pub fn with_split_wide_accesses(mut self) -> Self {
         self.split_wide = true;

@@ -1,6 +1,10 @@
 //! DMA: how a function's access finds its bytes.
 
+use std::cell::Cell;
+use std::ops::Deref;
 use std::sync::Arc;
+
+use parking_lot::RwLockReadGuard;
 
 use memory_map::{Access, Iova};
 
@@ -85,7 +89,43 @@ fn answered(object: Arc<PhysicalObject>, offset: u64) -> Result<(Arc<PhysicalObj
     }
 }
 
+thread_local! {
+    /// How many accesses this thread is in the middle of: registers that one of them reaches may
+    /// issue DMA of their own.
+    static DEPTH: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Keeps the host as it is while an access is under way.
+struct Still<'h>(RwLockReadGuard<'h, State>);
+
+impl Deref for Still<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.0
+    }
+}
+
+impl Drop for Still<'_> {
+    fn drop(&mut self) {
+        DEPTH.set(DEPTH.get().saturating_sub(1));
+    }
+}
+
 impl HostInner {
+    fn hold_still(&self) -> Still<'_> {
+        let depth = DEPTH.get();
+        // The outermost access lets a waiting unmap go first; a nested one must not wait for
+        // whoever waits for it.
+        let state = if depth == 0 {
+            self.state.read()
+        } else {
+            self.state.read_recursive()
+        };
+        DEPTH.set(depth.saturating_add(1));
+        Still(state)
+    }
+
     /// A DMA read by `function`; what faults reads as all ones.
     pub fn dma_read(&self, function: &Arc<str>, iova: Iova, data: &mut [u8]) {
         for piece in pieces(iova.raw(), data.len()) {
@@ -96,8 +136,7 @@ impl HostInner {
                 continue;
             };
             let at = Iova::new(piece.address);
-            // Recursive: registers that are read here may issue DMA of their own.
-            let state = self.state.read_recursive();
+            let state = self.hold_still();
             match state.reach(function, at, false) {
                 Ok((object, offset)) => object.read(offset, into),
                 Err(lost) => {
@@ -115,7 +154,7 @@ impl HostInner {
                 continue;
             };
             let at = Iova::new(piece.address);
-            let state = self.state.read_recursive();
+            let state = self.hold_still();
             match state.reach(function, at, true) {
                 Ok((object, offset)) => object.write(offset, from),
                 Err(lost) => self.lose(function, at, true, lost),

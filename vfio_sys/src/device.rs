@@ -111,10 +111,11 @@ impl Device {
         &self.file
     }
 
-    /// One of its regions. A region that the device does not have, but could, has size zero.
+    /// One of its regions. A BAR or a ROM that the device does not have has size zero.
     ///
     /// # Errors
-    /// [`InfoError`]: the kernel's `EINVAL` for an index past the last; a malformed answer.
+    /// [`InfoError`]: the kernel's `EINVAL` for an index past the last, and for
+    /// [`RegionIndex::VGA`] of what is no VGA device; a malformed answer.
     pub fn region(&self, index: RegionIndex) -> Result<Region, InfoError> {
         let buffer = InfoBuffer::fetch(region::LAYOUT, Some((region::INDEX, index.0)), |info| {
             ioctls::device_get_region_info(self.fd(), info)

@@ -170,7 +170,8 @@ impl Device {
     /// What there is of one kind of interrupt.
     ///
     /// # Errors
-    /// The kernel's errno: `EINVAL` for a kind that the device does not have.
+    /// The kernel's errno: `EINVAL` for a kind past the last, and for
+    /// [`IrqIndex::ERROR`] of what is no PCI Express device.
     pub fn irq_info(&self, index: IrqIndex) -> io::Result<IrqInfo> {
         let mut info = vfio_irq_info {
             index: index.0,

@@ -104,8 +104,9 @@ pub enum OpenError {
     },
     /// Somebody has the group open.
     #[error(
-        "{path} is used by another process (a group can be opened once): end that process; as \
-         root, `fuser -v {path}` or `fuser -v /dev/vfio/devices/*` names it", path = path.display()
+        "{path} is used by another process, or opened by this one already (a group can be opened \
+         once): as root, `fuser -v {path} /dev/vfio/devices/*` names the process; end it",
+        path = path.display()
     )]
     InUse {
         /// The group's file.

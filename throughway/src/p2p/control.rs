@@ -1,0 +1,127 @@
+//! The negative control: addresses that are not mapped.
+//!
+//! Each control first shows that the address works while it is mapped, so that nothing is called
+//! blocked that could not have arrived anyway.
+
+use anyhow::{Context, Result, ensure};
+use memory_map::{Gpa, Iova};
+
+use super::assembly::Assembly;
+use super::exercise::{LEN, SOURCE, offset_in, two};
+use super::report::{Control, Exercised, Observed, Pair};
+use super::witness::Source;
+use crate::pattern::{pattern, read_bar};
+
+const LEN_64: u64 = 4096;
+const COMMAND: u16 = 0x04;
+/// Memory decoding, in the command register.
+const MEMORY: u8 = 0x02;
+
+/// For every engine: RAM that has been taken away, and each peer's BAR that it was exercised on,
+/// with decoding off.
+pub fn all(
+    assembly: &mut Assembly,
+    pairs: &[Pair],
+    witness: &mut Source<'_>,
+) -> Result<Vec<Control>> {
+    let mut controls = Vec::new();
+    for from in 0..assembly.members.len() {
+        if assembly
+            .members
+            .get(from)
+            .is_some_and(|m| m.engine.is_some())
+        {
+            controls.push(absent_ram(assembly, from, witness)?);
+        }
+    }
+    for pair in pairs {
+        if pair.exercised == Some(Exercised::Ok) {
+            controls.push(decoding_off(assembly, pair, witness)?);
+        }
+    }
+    Ok(controls)
+}
+
+/// Writes to a page of RAM, then to where it was.
+fn absent_ram(assembly: &mut Assembly, from: usize, witness: &mut Source<'_>) -> Result<Control> {
+    let at = assembly.page.range().start();
+    let before = pattern(0x1000, LEN);
+    send(assembly, from, at, &before)?;
+    let found = assembly.page.read(at, LEN)?;
+    ensure!(
+        found == before,
+        "the control page cannot be reached although it is mapped: the control would prove nothing"
+    );
+    let region = assembly.page.region();
+    let mut change = assembly.map.change();
+    change.disable(region, memory_map::DisabledBecause::Owner);
+    change.commit()?;
+    let mut evidence = witness()?;
+    send(assembly, from, at, &pattern(0x1001, LEN))?;
+    let observed = seen(&assembly.page.read(at, LEN)?, &before);
+    let mut change = assembly.map.change();
+    change.enable(region);
+    change.commit()?;
+    let from = name(assembly, from)?;
+    Ok(Control {
+        witness: evidence.describe(&from, at),
+        from,
+        iova: at.raw(),
+        observed,
+    })
+}
+
+/// Writes to where a peer's BAR was before its decoding went off.
+fn decoding_off(assembly: &mut Assembly, pair: &Pair, witness: &mut Source<'_>) -> Result<Control> {
+    let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
+    let bar = peer.bar(pair.index).context("a BAR is gone")?;
+    let offset = offset_in(&bar);
+    let at = Gpa::new(bar.range()?.start().raw().saturating_add(offset));
+    let before = read_bar(&peer.function, pair.index, offset, LEN);
+    let mut command = [0; 2];
+    let _read = peer.function.config_read(COMMAND, &mut command);
+    let [low, high] = command;
+    // What came of it is in the map: the BAR must be gone before anything is tried.
+    let _off = peer.function.config_write(COMMAND, &[low & !MEMORY, high]);
+    ensure!(
+        assembly.map.lookup(at).is_none(),
+        "{} {} does not go away when its decoding does",
+        pair.to,
+        pair.index
+    );
+    let mut evidence = witness()?;
+    send(assembly, pair.from_member, at, &pattern(0x1002, LEN))?;
+    let witness = evidence.describe(&pair.from, at);
+    let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
+    let _on = peer.function.config_write(COMMAND, &[low | MEMORY, high]);
+    let after = read_bar(&peer.function, pair.index, offset, LEN);
+    Ok(Control {
+        from: pair.from.clone(),
+        iova: at.raw(),
+        observed: seen(&after, &before),
+        witness,
+    })
+}
+
+/// Has an engine write `data` to `to`, by way of RAM.
+fn send(assembly: &mut Assembly, from: usize, to: Gpa, data: &[u8]) -> Result<()> {
+    assembly.ram.write(SOURCE, data)?;
+    let member = assembly.members.get_mut(from);
+    let engine = member.and_then(|member| member.engine.as_mut());
+    let engine = engine.context("an engine is gone")?;
+    engine.copy(Iova::new(SOURCE.raw()), Iova::new(to.raw()), LEN_64)?;
+    Ok(())
+}
+
+fn name(assembly: &Assembly, member: usize) -> Result<String> {
+    let member = assembly.members.get(member).context("a function is gone")?;
+    Ok(member.function.name().to_owned())
+}
+
+fn seen(after: &[u8], before: &[u8]) -> Observed {
+    if after == before {
+        Observed::Blocked
+    } else {
+        Observed::Arrived
+    }
+}

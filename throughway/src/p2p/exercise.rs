@@ -1,0 +1,120 @@
+//! Moving data from one device into another, and back.
+
+use anyhow::{Context, Result};
+use dma_engine::EngineError;
+use memory_map::{Gpa, Iova};
+
+use super::assembly::{Assembly, Member, MemberBar};
+use super::report::{Exercised, Pair};
+use crate::pattern::{comparison, pattern, read_bar};
+use crate::ram::GuestRam;
+
+/// What is moved at once, in bytes; also a page.
+pub const LEN: usize = 4096;
+const LEN_64: u64 = 4096;
+/// Where in RAM data come from and go to.
+pub const SOURCE: Gpa = Gpa::new(0x1_0000);
+const MAILBOX: Gpa = Gpa::new(0x2_0000);
+
+/// Exercises every pair whose BAR is mapped and can be written without harm, by every engine
+/// there is.
+pub fn all(assembly: &mut Assembly, pairs: &mut [Pair]) -> Result<()> {
+    for (number, pair) in (1_u64..).zip(pairs.iter_mut()) {
+        if pair.reach != "mapped" {
+            continue;
+        }
+        let (from, to, ram) = two(assembly, pair.from_member, pair.to_member)?;
+        let bar = to.bar(pair.index).context("a BAR is gone")?;
+        if from.engine.is_none() {
+            pair.note = Some(format!("no driver for {}'s DMA engine", pair.from));
+            continue;
+        }
+        if !bar.is_prefetchable() {
+            pair.note = Some("not prefetchable: reading or writing it could do harm".into());
+            continue;
+        }
+        match one(from, to, &bar, ram, number)? {
+            Exercise::Done => pair.exercised = Some(Exercised::Ok),
+            Exercise::Differs(how) => {
+                pair.exercised = Some(Exercised::Mismatch);
+                pair.note = Some(how);
+            }
+            Exercise::OutOfReach(why) => pair.note = Some(why),
+        }
+    }
+    Ok(())
+}
+
+/// Two different members, and RAM.
+pub fn two(
+    assembly: &mut Assembly,
+    from: usize,
+    to: usize,
+) -> Result<(&mut Member, &Member, &GuestRam)> {
+    let members = assembly
+        .members
+        .get_disjoint_mut([from, to])
+        .ok()
+        .context("a pair is of two functions")?;
+    let [from, to] = members;
+    Ok((from, to, &assembly.ram))
+}
+
+/// Where in a BAR the data go: a page in its middle.
+pub fn offset_in(bar: &MemberBar) -> u64 {
+    (bar.info.size / 2) & !(LEN_64 - 1)
+}
+
+enum Exercise {
+    Done,
+    Differs(String),
+    /// The engine cannot be given such an address; that says nothing of the IOMMU.
+    OutOfReach(String),
+}
+
+/// RAM to BAR by the engine, looked at by the processor; then, with other bytes put there by the
+/// processor, BAR to RAM by the engine.
+fn one(
+    from: &mut Member,
+    to: &Member,
+    bar: &MemberBar,
+    ram: &GuestRam,
+    seed: u64,
+) -> Result<Exercise> {
+    let index = bar.info.index;
+    let offset = offset_in(bar);
+    let at = Iova::new(bar.range()?.start().raw().saturating_add(offset));
+    let engine = from.engine.as_mut().context("an engine is gone")?;
+
+    let before = read_bar(&to.function, index, offset, LEN);
+    let there = pattern(seed.wrapping_mul(2), LEN);
+    ram.write(SOURCE, &there)?;
+    match engine.copy(Iova::new(SOURCE.raw()), at, LEN_64) {
+        Ok(()) => {}
+        Err(error @ EngineError::OutOfReach { .. }) => {
+            return Ok(Exercise::OutOfReach(error.to_string()));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let found = read_bar(&to.function, index, offset, LEN);
+    if found != there {
+        let how = comparison(&found, &there);
+        return Ok(Exercise::Differs(format!("RAM to BAR: {how}")));
+    }
+
+    // Other bytes: those of the first half are still in the engine's buffer.
+    let back = pattern(seed.wrapping_mul(2).wrapping_add(1), LEN);
+    let mut refused = to.function.bar_write(index, offset, &back);
+    ram.write(MAILBOX, &vec![0; LEN])?;
+    engine.copy(at, Iova::new(MAILBOX.raw()), LEN_64)?;
+    let found = ram.read(MAILBOX, LEN)?;
+    refused = to.function.bar_write(index, offset, &before).or(refused);
+    if let Some(error) = refused {
+        return Err(error).with_context(|| format!("writing {} {index}", to.function.name()));
+    }
+    if found != back {
+        let how = comparison(&found, &back);
+        return Ok(Exercise::Differs(format!("BAR to RAM: {how}")));
+    }
+    Ok(Exercise::Done)
+}
