@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Weak};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use assigned_pci::{
-    AssignedFunction, BarIndex, BarInfo, BarKind, FunctionOptions, HostFunction, place_bars,
+    AssignedFunction, BarIndex, BarInfo, BarKind, FunctionOptions, HostFunction, Windows,
+    place_bars,
 };
 use dma_engine::{DmaEngine, find_engine};
 use memory_map::{
@@ -53,6 +54,8 @@ pub struct Assembly {
     /// A page that is not part of [`ram`](Self::ram); see [`Parts::page`].
     pub page: GuestRam,
     pub map: RegionManager,
+    /// Where BARs may lie.
+    windows: Windows,
 }
 
 impl Assembly {
@@ -80,26 +83,61 @@ impl Assembly {
                 engine,
             });
         }
-        let assembly = Self {
+        let functions: Vec<&AssignedFunction> = members.iter().map(|m| &m.function).collect();
+        let bars: Vec<BarInfo> = functions.iter().flat_map(|f| f.bars()).collect();
+        let windows = windows::choose(&parts.allowed, page.range().last(), &bars)?;
+        let placed = place_bars(&functions, windows)?;
+        if let Some(error) = placed.outcome.host_errors.first() {
+            return Err(*error).context("placing the BARs");
+        }
+        Ok(Self {
             members,
             targets,
             ram,
             page,
             map,
-        };
-        assembly.place(&parts.allowed)?;
-        Ok(assembly)
+            windows,
+        })
     }
 
-    fn place(&self, allowed: &[IovaRange]) -> Result<()> {
-        let functions: Vec<&AssignedFunction> = self.members.iter().map(|m| &m.function).collect();
-        let bars: Vec<BarInfo> = functions.iter().flat_map(|f| f.bars()).collect();
-        let windows = windows::choose(allowed, self.page.range().last(), &bars)?;
-        let placed = place_bars(&functions, windows)?;
-        if let Some(error) = placed.outcome.host_errors.first() {
-            return Err(*error).context("placing the BARs");
+    /// Moves a BAR, with decoding on, to the highest free place of its window, as a guest would.
+    /// Returns where it was, or nothing if there is no other place for it.
+    pub fn move_bar(&self, member: &Member, bar: &MemberBar) -> Result<Option<GpaRange>> {
+        let old = bar.range()?;
+        let window = if self.windows.high.covers(&old) {
+            self.windows.high
+        } else {
+            self.windows.low
+        };
+        let Some(new) = self.free_place(window, old.size()) else {
+            return Ok(None);
+        };
+        member.write_bar(bar, new.start());
+        let seen = self.map.lookup(new.start());
+        ensure!(
+            seen.is_some_and(|seen| seen.region == bar.region),
+            "{} {} does not appear at {new}, where it was moved to",
+            member.function.name(),
+            bar.info.index
+        );
+        Ok(Some(old))
+    }
+
+    fn free_place(&self, window: GpaRange, size: u64) -> Option<GpaRange> {
+        let taken: Vec<GpaRange> = self.map.view().into_iter().map(|seen| seen.range).collect();
+        // A BAR's size is a power of two.
+        let mut last = window.last().raw();
+        loop {
+            let start = last.checked_sub(size.checked_sub(1)?)? & !size.checked_sub(1)?;
+            let place = GpaRange::new(Gpa::new(start), size).ok()?;
+            if !window.covers(&place) {
+                return None;
+            }
+            if taken.iter().all(|taken| !taken.overlaps(&place)) {
+                return Some(place);
+            }
+            last = start.checked_sub(1)?;
         }
-        Ok(())
     }
 
     /// Every ordered pair and BAR, with the reach as it stands.
@@ -132,6 +170,16 @@ impl Member {
         .collect()
     }
 
+    /// Writes a BAR's registers, the lower first. What came of it is in the map.
+    fn write_bar(&self, bar: &MemberBar, to: Gpa) {
+        let registers = bar.register();
+        let [a, b, c, d, e, f, g, h] = to.raw().to_le_bytes();
+        let _low = self.function.config_write(registers, &[a, b, c, d]);
+        if bar.info.kind.is_64_bit() {
+            let _high = self.function.config_write(registers + 4, &[e, f, g, h]);
+        }
+    }
+
     /// One of its memory BARs.
     pub fn bar(&self, index: BarIndex) -> Option<MemberBar> {
         self.bars().into_iter().find(|bar| bar.info.index == index)
@@ -139,10 +187,18 @@ impl Member {
 }
 
 impl MemberBar {
+    /// Its register's offset in config space (PCI 3.0, 6.2.5).
+    fn register(&self) -> u16 {
+        const BAR0: u16 = 0x10;
+        BAR0 + 4 * u16::from(self.info.index.get())
+    }
+
     /// Whether reads have no side effects, so that it may be written to and put back.
     pub const fn is_prefetchable(&self) -> bool {
-        let prefetchable = true;
-        matches!(self.info.kind, BarKind::Memory { prefetchable: p, .. } if p == prefetchable)
+        let BarKind::Memory { prefetchable, .. } = self.info.kind else {
+            return false;
+        };
+        prefetchable
     }
 
     /// Where it lies by its registers.

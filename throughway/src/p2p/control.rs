@@ -3,8 +3,12 @@
 //! Each control first shows that the address works while it is mapped, so that nothing is called
 //! blocked that could not have arrived anyway.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
 use anyhow::{Context, Result, ensure};
-use memory_map::{Gpa, Iova};
+use assigned_pci::BarIndex;
+use memory_map::{Gpa, GpaRange, Iova};
 
 use super::assembly::Assembly;
 use super::exercise::{LEN, SOURCE, offset_in, two};
@@ -19,27 +23,100 @@ const MEMORY: u8 = 0x02;
 
 /// For every engine: RAM that has been taken away, and each peer's BAR that it was exercised on,
 /// with decoding off.
-pub fn all(
+pub fn in_place(
     assembly: &mut Assembly,
     pairs: &[Pair],
     witness: &mut Source<'_>,
 ) -> Result<Vec<Control>> {
     let mut controls = Vec::new();
-    for from in 0..assembly.members.len() {
-        if assembly
-            .members
-            .get(from)
-            .is_some_and(|m| m.engine.is_some())
-        {
-            controls.push(absent_ram(assembly, from, witness)?);
-        }
+    for from in engines(assembly) {
+        controls.push(absent_ram(assembly, from, witness)?);
     }
-    for pair in pairs {
-        if pair.exercised == Some(Exercised::Ok) {
-            controls.push(decoding_off(assembly, pair, witness)?);
-        }
+    for pair in exercised(pairs) {
+        controls.push(decoding_off(assembly, pair, witness)?);
     }
     Ok(controls)
+}
+
+/// Moves every BAR that was exercised, and has every engine that reached it try the old address.
+pub fn moved(
+    assembly: &mut Assembly,
+    pairs: &[Pair],
+    witness: &mut Source<'_>,
+) -> Result<Vec<Control>> {
+    let mut controls = Vec::new();
+    let mut old: BTreeMap<(usize, BarIndex), Option<GpaRange>> = BTreeMap::new();
+    for pair in exercised(pairs) {
+        let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
+        let bar = peer.bar(pair.index).context("a BAR is gone")?;
+        let key = (pair.to_member, pair.index);
+        if let Entry::Vacant(place) = old.entry(key) {
+            let peer = assembly.members.get(pair.to_member);
+            let peer = peer.context("a function is gone")?;
+            place.insert(assembly.move_bar(peer, &bar)?);
+        }
+        let Some(old) = old.get(&key).copied().flatten() else {
+            continue;
+        };
+        let offset = offset_in(&bar);
+        let at = Gpa::new(old.start().raw().saturating_add(offset));
+        let read = |assembly: &Assembly| {
+            let peer = assembly.members.get(pair.to_member);
+            peer.map(|peer| read_bar(&peer.function, pair.index, offset, LEN))
+        };
+        let before = read(assembly);
+        let mut evidence = witness()?;
+        send(assembly, pair.from_member, at, &pattern(0x1003, LEN))?;
+        controls.push(Control {
+            from: pair.from.clone(),
+            iova: at.raw(),
+            what: "where a BAR was before it moved",
+            observed: seen(&read(assembly), &before),
+            witness: evidence.describe(&pair.from, at),
+        });
+    }
+    Ok(controls)
+}
+
+/// Unregisters all IOMMUs, and has every engine try RAM.
+pub fn unregistered(assembly: &mut Assembly, witness: &mut Source<'_>) -> Result<Vec<Control>> {
+    for target in std::mem::take(&mut assembly.targets) {
+        let report = target.unregister();
+        if let Some((_, why)) = report.quarantined.into_iter().next() {
+            return Err(why).context("unregistering an IOMMU");
+        }
+    }
+    let mut controls = Vec::new();
+    for from in engines(assembly) {
+        let at = SOURCE;
+        let before = assembly.ram.read(at, LEN)?;
+        let mut evidence = witness()?;
+        // What is in its buffer by now is neither of these bytes.
+        store(assembly, from, at)?;
+        let from = name(assembly, from)?;
+        controls.push(Control {
+            witness: evidence.describe(&from, at),
+            from,
+            iova: at.raw(),
+            what: "RAM after the IOMMU was unregistered",
+            observed: seen(&assembly.ram.read(at, LEN)?, &before),
+        });
+    }
+    Ok(controls)
+}
+
+fn engines(assembly: &Assembly) -> Vec<usize> {
+    let members = assembly.members.iter().enumerate();
+    members
+        .filter(|(_, member)| member.engine.is_some())
+        .map(|(index, _)| index)
+        .collect()
+}
+
+fn exercised(pairs: &[Pair]) -> impl Iterator<Item = &Pair> {
+    pairs
+        .iter()
+        .filter(|pair| pair.exercised == Some(Exercised::Ok))
 }
 
 /// Writes to a page of RAM, then to where it was.
@@ -67,6 +144,7 @@ fn absent_ram(assembly: &mut Assembly, from: usize, witness: &mut Source<'_>) ->
         witness: evidence.describe(&from, at),
         from,
         iova: at.raw(),
+        what: "RAM that was taken away",
         observed,
     })
 }
@@ -98,6 +176,7 @@ fn decoding_off(assembly: &mut Assembly, pair: &Pair, witness: &mut Source<'_>) 
     Ok(Control {
         from: pair.from.clone(),
         iova: at.raw(),
+        what: "a BAR whose decoding is off",
         observed: seen(&after, &before),
         witness,
     })
@@ -113,12 +192,21 @@ fn send(assembly: &mut Assembly, from: usize, to: Gpa, data: &[u8]) -> Result<()
     Ok(())
 }
 
+/// Has an engine write to `to` what is in its buffer.
+fn store(assembly: &mut Assembly, from: usize, to: Gpa) -> Result<()> {
+    let member = assembly.members.get_mut(from);
+    let engine = member.and_then(|member| member.engine.as_mut());
+    let engine = engine.context("an engine is gone")?;
+    engine.store(Iova::new(to.raw()), LEN_64)?;
+    Ok(())
+}
+
 fn name(assembly: &Assembly, member: usize) -> Result<String> {
     let member = assembly.members.get(member).context("a function is gone")?;
     Ok(member.function.name().to_owned())
 }
 
-fn seen(after: &[u8], before: &[u8]) -> Observed {
+fn seen<T: PartialEq>(after: &T, before: &T) -> Observed {
     if after == before {
         Observed::Blocked
     } else {

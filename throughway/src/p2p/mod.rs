@@ -37,8 +37,9 @@ pub struct P2pArgs {
     /// Move data with every DMA engine there is a driver for, and compare
     ///
     /// A pattern goes from RAM into each peer's prefetchable BARs and back, and what was in the
-    /// BAR is put back afterwards. As a control, the engine is also pointed at addresses that are
-    /// not mapped. There is a driver for QEMU's edu.
+    /// BAR is put back afterwards; then the BAR is moved, and all of that is done again. As a
+    /// control, the engine is also pointed at addresses that are not mapped any more. There is a
+    /// driver for QEMU's edu.
     #[arg(long)]
     pub exercise: bool,
     /// Print one JSON object instead of text
@@ -87,7 +88,10 @@ fn examine(
     let mut controls = Vec::new();
     if let Some(witness) = witness {
         exercise::all(assembly, &mut pairs)?;
-        controls = control::all(assembly, &pairs, witness)?;
+        controls = control::in_place(assembly, &pairs, witness)?;
+        controls.extend(control::moved(assembly, &pairs, witness)?);
+        exercise::all(assembly, &mut pairs)?;
+        controls.extend(control::unregistered(assembly, witness)?);
     }
     Ok(P2pReport::new(pairs, controls))
 }

@@ -95,11 +95,13 @@ pub enum Observed {
     Arrived,
 }
 
-/// An access to an address that is not mapped.
+/// An access to an address that is not mapped any more.
 #[derive(Debug, Serialize)]
 pub struct Control {
     pub from: String,
     pub iova: u64,
+    /// What was mapped there.
+    pub what: &'static str,
     pub observed: Observed,
     /// Who says so besides the data: the kernel's own line on the fault, if it printed one.
     pub witness: String,
