@@ -18,7 +18,7 @@ const FIRST: u64 = MSI - 24 * PAGE;
 const PAGES: u64 = 32;
 const RESERVED: u64 = 24;
 /// How many pages may be locked.
-const LOCKED: usize = 14;
+const LOCKED: usize = 8;
 /// How many pages of the BAR are used.
 const BAR_PAGES: u64 = 8;
 

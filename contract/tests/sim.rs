@@ -6,16 +6,16 @@
 
 use std::any::Any;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use assigned_pci::{BarIndex, HostFunction};
 use contract::{Bench, Type1Host, Window, run};
 use dma_engine::{DmaEngine, find_engine};
 use iommu::Type1Container;
-use memory_map::{Access, BackingObject, HostMapping, HostVa, IovaRange};
+use memory_map::{Access, BackingObject, Errno, HostMapping, HostVa, IovaRange};
 use sim_host::{
-    BrokenTranslation, Call, FunctionSpec, SimBarArea, SimContainer, SimFunction, SimHost, SimRam,
-    Violation,
+    BrokenTranslation, Call, CallRecord, FunctionSpec, SimBarArea, SimContainer, SimFunction,
+    SimHost, SimRam, Violation,
 };
 
 const RAM_SIZE: u64 = 0x4_0000;
@@ -236,4 +236,40 @@ fn wrong_errnos_are_noticed() {
     ] {
         assert!(failed.contains(&case), "{case} passed; failed: {failed:?}");
     }
+}
+
+/// Negative control: one map in thousands goes wrong.
+#[test]
+fn one_wrong_answer_among_thousands_is_noticed() {
+    let failed = failed_on(|host| host.fail(Call::MapDma, 1_000, libc::EIO));
+    assert!(
+        failed.contains(&"random_calls_end_as_the_model_says"),
+        "{failed:?}"
+    );
+}
+
+/// The random calls meet every rule that they are to meet, many times.
+#[test]
+fn random_calls_end_in_every_way() {
+    static HOST: Mutex<Option<SimHost>> = Mutex::new(None);
+    let sim = Sim {
+        sabotage: |host| *HOST.lock().unwrap() = Some(host.clone()),
+    };
+    let results = run(&sim, "random_calls", |_| ());
+    assert!(results.iter().all(|result| result.verdict.is_ok()));
+    let calls = HOST.lock().unwrap().take().unwrap().calls();
+    let count = |call: Call, errno: Option<i32>| {
+        let ended = |record: &&CallRecord| {
+            record.call == call && record.result.err().map(Errno::raw) == errno
+        };
+        calls.iter().filter(ended).count()
+    };
+    for errno in [libc::EINVAL, libc::EEXIST, libc::EFAULT, libc::ENOMEM] {
+        let times = count(Call::MapDma, Some(errno));
+        assert!(times >= 20, "errno {errno}: only {times} times");
+    }
+    assert!(count(Call::MapDma, None) >= 200);
+    assert!(count(Call::UnmapDma, None) >= 200);
+    assert!(count(Call::UnmapDma, Some(libc::EINVAL)) >= 200);
+    assert!(count(Call::UnmapAll, None) >= 10);
 }

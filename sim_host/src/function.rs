@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use assigned_pci::{BarIndex, HostBar, HostBarArea, HostFunction};
 use libc::{EEXIST, EINVAL, EIO, ENOSPC, ENOTTY};
-use memory_map::Backing;
+use memory_map::{Backing, Iova};
 use parking_lot::Mutex;
 
 use crate::bar::SimBarArea;
@@ -16,7 +16,7 @@ use crate::edu::Edu;
 use crate::function_spec::{BarSpec, Model};
 use crate::gate::Gate;
 use crate::host::State;
-use crate::log::Violation;
+use crate::log::{BusErrorCause, Violation};
 use crate::page::PAGE;
 use crate::physical::{BarOwner, PhysicalObject, Storage};
 use crate::sparse::SparseMemory;
@@ -152,22 +152,22 @@ impl SimFunction {
 
     /// Issues a DMA read, as any function may that masters the bus: straight at the IOMMU, for
     /// functions without an engine of their own. What faults reads as all ones.
-    pub fn dma_read(&self, iova: memory_map::Iova, data: &mut [u8]) {
+    pub fn dma_read(&self, iova: Iova, data: &mut [u8]) {
         if self.gate.masters_bus() {
             self.host.0.dma_read(&self.name, iova, data);
         } else {
             data.fill(0xff);
-            let cause = crate::BusErrorCause::BusMasteringOff;
+            let cause = BusErrorCause::BusMasteringOff;
             self.host.0.bus_error(&self.name, iova, false, cause);
         }
     }
 
     /// Issues a DMA write, likewise.
-    pub fn dma_write(&self, iova: memory_map::Iova, data: &[u8]) {
+    pub fn dma_write(&self, iova: Iova, data: &[u8]) {
         if self.gate.masters_bus() {
             self.host.0.dma_write(&self.name, iova, data);
         } else {
-            let cause = crate::BusErrorCause::BusMasteringOff;
+            let cause = BusErrorCause::BusMasteringOff;
             self.host.0.bus_error(&self.name, iova, true, cause);
         }
     }

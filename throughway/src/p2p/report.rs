@@ -161,12 +161,13 @@ impl fmt::Display for P2pReport {
             let Control {
                 from,
                 iova,
+                what,
                 witness,
                 ..
             } = control;
             writeln!(
                 f,
-                "control: {from} at {iova:#x}, not mapped: {observed} ({witness})"
+                "control: {from} at {iova:#x}, {what}: {observed} ({witness})"
             )?;
         }
         f.write_str(if self.ok {

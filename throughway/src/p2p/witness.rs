@@ -43,7 +43,7 @@ struct KernelLog(Option<File>);
 
 impl Evidence for KernelLog {
     fn describe(&mut self, function: &str, at: Gpa) -> String {
-        let data = "the data are unchanged or not, as compared; the kernel's log";
+        let data = "by comparing the data; the kernel's log";
         let Some(log) = &mut self.0 else {
             return format!("{data} cannot be read");
         };
