@@ -1,8 +1,8 @@
 //! What a scenario is, and how a list of them is run.
 //!
 //! A [`Scenario`] is a named check on a running nested machine of a given [`Shape`]. Scenarios of
-//! one shape share a boot, in the order of the list; a machine that a scenario has lost is booted
-//! anew for the next one. A scenario asks by [`Sharing::Own`] for a machine that nobody else uses.
+//! one shape share a boot, in the order of the list; after a scenario that has failed or lost its
+//! machine, another is booted for the next one. A scenario asks by [`Sharing::Own`] for a machine that nobody else uses.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 /// How long a machine may take to power off.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
 
-/// A machine that scenarios want: its devices, in QEMU's notation.
+/// A machine that scenarios want.
 #[derive(Debug)]
 pub struct Shape {
     /// Its name, in reports.
@@ -27,6 +27,8 @@ pub struct Shape {
     pub objects: &'static [&'static str],
     /// QEMU `-device` values.
     pub devices: &'static [&'static str],
+    /// Options for the kernel's command line, behind the lab's own.
+    pub kernel_options: &'static [&'static str],
 }
 
 /// Whether a scenario's machine may serve other scenarios too.
@@ -130,6 +132,30 @@ impl Bench {
     /// As [`Bench::run_ok`].
     pub fn shell(&mut self, script: &str) -> Result<String, ScenarioError> {
         self.run_ok(&["sh", "-euc", script])
+    }
+
+    /// Runs a command that must end with status `status` and say all of `said` on its standard
+    /// error, and gives all that it said there.
+    ///
+    /// # Errors
+    /// When it ends otherwise or does not say it; when the machine fails.
+    pub fn run_refused(
+        &mut self,
+        argv: &[&str],
+        status: u8,
+        said: &[&str],
+    ) -> Result<String, ScenarioError> {
+        let output = self.run(argv)?;
+        let stderr = output.stderr_text();
+        ensure(output.status == Status::Exited(status), || {
+            format!("not status {status}: {}", told(argv, &output))
+        })?;
+        for part in said {
+            ensure(stderr.contains(part), || {
+                format!("{part:?} is not said: {}", told(argv, &output))
+            })?;
+        }
+        Ok(stderr)
     }
 
     /// Runs a command and reads its standard output as one JSON value, however the command ends.
@@ -244,8 +270,10 @@ fn run_group(parts: &Parts, group: &[&'static Scenario], report: &mut dyn FnMut(
         };
         let start = Instant::now();
         let (verdict, machine) = on_bench(machine, scenario);
+        // A scenario that stopped half-way has not put back what it changed.
+        let as_found = !matches!(verdict, Verdict::Failed(_));
         say(verdict, start.elapsed());
-        running = machine.filter(Machine::is_alive);
+        running = machine.filter(|machine| as_found && machine.is_alive());
     }
     if let Some(machine) = running
         && let Err(error) = machine.shut_down(POWER_OFF_LIMIT)
@@ -274,6 +302,7 @@ fn boot(parts: &Parts, shape: &Shape) -> Result<Machine, MachineError> {
     let spec = Spec {
         objects: owned(shape.objects),
         devices: owned(shape.devices),
+        kernel_options: owned(shape.kernel_options),
         ..Spec::default()
     };
     let machine = Machine::boot(parts, &spec)?;

@@ -16,6 +16,8 @@ pub struct Spec {
     pub devices: Vec<String>,
     /// Files for the nested machine.
     pub files: Vec<GuestFile>,
+    /// Options for its kernel's command line, behind the lab's own.
+    pub kernel_options: Vec<String>,
     /// Its memory, in QEMU's notation.
     pub memory: String,
     /// How long it may take until it runs commands.
@@ -31,6 +33,7 @@ impl Default for Spec {
             objects: vec![],
             devices: vec![],
             files: vec![],
+            kernel_options: vec![],
             memory: "2G".to_owned(),
             boot_limit: Duration::from_secs(120),
             keep_logs: false,
@@ -74,7 +77,7 @@ impl Spec {
             "-trace",
             "vtd_dmar_fault",
             "-append",
-            "console=ttyS0 panic=-1 intel_iommu=on quiet",
+            &self.command_line(),
         ]
         .map(OsString::from)
         .into();
@@ -91,6 +94,15 @@ impl Spec {
             }
         }
         arguments
+    }
+
+    fn command_line(&self) -> String {
+        let own = "console=ttyS0 panic=-1 intel_iommu=on quiet";
+        let options = self.kernel_options.iter().map(String::as_str);
+        std::iter::once(own)
+            .chain(options)
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 }
 
@@ -120,6 +132,17 @@ mod tests {
         };
         assert!(at("intel-iommu") < at("memory-backend-memfd"));
         assert!(at("memory-backend-memfd") < at("ivshmem-plain"));
+    }
+
+    #[test]
+    fn the_kernels_options_come_last_so_that_they_win() {
+        let spec = Spec {
+            kernel_options: vec!["intel_iommu=off".into(), "quiet".into()],
+            ..Spec::default()
+        };
+        let line = spec.command_line();
+        assert!(line.ends_with(" intel_iommu=off quiet"), "{line}");
+        assert!(!Spec::default().command_line().ends_with(' '));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 
+use crate::layout::{Region, region_from};
 use crate::{
     Access, Backing, BackingId, DisabledBecause, Gpa, IovaRange, Quarantine, RangeError, Reason,
     RegionId, RegionManager, RegionName, RegionSpec, SubMapping, TargetId, TargetName,
@@ -10,7 +11,8 @@ use crate::{
 /// One step of a change.
 #[derive(Debug, Clone)]
 pub(crate) enum Operation {
-    Add(RegionId, Box<RegionSpec>),
+    /// The region is taken out when it is carried out.
+    Add(RegionId, Option<Box<Region>>),
     Remove(RegionId),
     Enable(RegionId),
     Disable(RegionId, DisabledBecause),
@@ -28,13 +30,39 @@ pub(crate) enum Operation {
 pub struct Change<'m> {
     pub(crate) map: &'m RegionManager,
     pub(crate) operations: Vec<Operation>,
+    /// The first region that makes no sense.
+    pub(crate) invalid: Option<InvalidChange>,
+}
+
+impl Operation {
+    /// The region that the operation is about, if it is about one.
+    pub(crate) const fn region(&self) -> Option<RegionId> {
+        match self {
+            Self::Add(id, _)
+            | Self::Remove(id)
+            | Self::Enable(id)
+            | Self::Disable(id, _)
+            | Self::Move(id, _)
+            | Self::SetAccess(id, _)
+            | Self::SetSubMapping(id, _)
+            | Self::RemoveSubMapping(id, ..) => Some(*id),
+            Self::Revoke(_) => None,
+        }
+    }
 }
 
 impl Change<'_> {
     /// Adds a region, disabled, and tells the id that it will have.
     pub fn add(&mut self, spec: RegionSpec) -> RegionId {
         let id = self.map.next_region_id();
-        self.operations.push(Operation::Add(id, Box::new(spec)));
+        match region_from(spec) {
+            Ok(region) => self
+                .operations
+                .push(Operation::Add(id, Some(Box::new(region)))),
+            Err(invalid) => {
+                self.invalid.get_or_insert(invalid);
+            }
+        }
         id
     }
 
@@ -88,7 +116,8 @@ impl Change<'_> {
     /// is undone, in all consumers. A BAR that cannot be mapped is no refusal but a reason in the
     /// reach; RAM that cannot is.
     ///
-    /// When this returns, every target holds what the map says.
+    /// When this returns, every target holds what the map says. While a mapping is being made,
+    /// other changes may go ahead; those of the same regions wait.
     ///
     /// # Errors
     /// See [`ChangeError`]; the map is as it was.
@@ -106,7 +135,8 @@ impl Change<'_> {
         self,
         watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Report, ChangeError> {
-        self.map.commit_host(self.operations, watch)
+        let map = self.map;
+        map.commit_host(self.checked()?, watch)
     }
 
     /// Commits a change of the guest's, which cannot be refused: what is to go goes first, in
@@ -116,7 +146,15 @@ impl Change<'_> {
     /// # Errors
     /// Only for a change that makes no sense ([`InvalidChange`]), before anything is done.
     pub fn commit_guest(self) -> Result<Report, InvalidChange> {
-        self.map.commit_guest(self.operations)
+        let map = self.map;
+        map.commit_guest(self.checked()?)
+    }
+
+    fn checked(self) -> Result<Vec<Operation>, InvalidChange> {
+        match self.invalid {
+            None => Ok(self.operations),
+            Some(invalid) => Err(invalid),
+        }
     }
 }
 

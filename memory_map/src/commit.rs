@@ -1,19 +1,29 @@
 //! Commits: from a change of the layout to calls on the targets, and back if need be.
 //!
-//! One commit runs at a time. It takes the state's lock only for short steps and never while a
-//! target, a backing or a watcher is called, so whoever reads the map does not wait for the
-//! kernel. In between, readers see the new layout with the reach as far as it has come.
+//! Whoever commits has the turn. A host's commit gives it up while a target makes a mapping, and
+//! then queues again, so that a long one delays others by one mapping and no more. When it has
+//! its turn back and somebody else has committed meanwhile, it plans the rest anew. The state's
+//! lock is only taken for short steps: readers see the new layout at once, and the reach as far
+//! as it has come.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
+use crate::change::Operation;
+use crate::layout::Applied;
 use crate::ledger::{Entry, Failure};
-use crate::manager::{Inner, Target};
 use crate::plan::{NewMapping, Plan, Unmap, plan, whole_pages};
+use crate::state::{Driver, Inner, State, Target};
+use crate::subscription::Wakes;
+use crate::sync::MutexGuard;
 use crate::translation::iova;
+use crate::turn::Turn;
 use crate::{
-    Action, Backing, ChangeError, CutOff, MapRequest, MappingChange, Progress, Quarantine, Reason,
-    RegionKind, Report, TargetError, TargetId, TargetName,
+    Action, Backing, ChangeError, CutOff, InvalidChange, IovaRange, MapRequest, MappingChange,
+    Progress, Quarantine, Reason, RegionId, RegionKind, Report, TargetError, TargetId, TargetName,
+    TargetOptions,
 };
 
 /// How often a mapping is tried that is revoked while it is being made.
@@ -37,6 +47,78 @@ enum Done {
     Unmapped(TargetId, Vec<(u64, Entry)>),
 }
 
+/// How a call to map ended.
+enum Called {
+    /// Made in one epoch of its backing.
+    Mapped(MapRequest, crate::Epoch),
+    /// Not there.
+    Refused(Reason),
+    /// May be there.
+    Unknown(MapRequest, Quarantine),
+}
+
+/// A mapping is being made without a turn, until this is dropped.
+struct InFlight<'a> {
+    inner: &'a Inner,
+    target: TargetId,
+    range: (u64, u64),
+}
+
+impl<'a> InFlight<'a> {
+    /// Takes off, and tells the count of steps.
+    fn new(inner: &'a Inner, target: TargetId, range: (u64, u64)) -> (Self, u64) {
+        let mut state = inner.state.lock();
+        let steps = state.step();
+        if let Some(target) = state.targets.get_mut(&target) {
+            target.in_flight.push(range);
+        }
+        drop(state);
+        let in_flight = Self {
+            inner,
+            target,
+            range,
+        };
+        (in_flight, steps)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.inner.with_target(self.target, |target| {
+            target.in_flight.retain(|range| *range != self.range);
+        });
+        self.inner.settled.notify_all();
+    }
+}
+
+/// Has a target make a mapping. Needs no lock of the map's.
+fn call_map(driver: &Driver, request: MapRequest) -> Called {
+    let range = request.iova;
+    for _ in 0..REVOKED_TRIES {
+        let epoch = request.backing.epoch();
+        let outcome = driver.lock().map(&request);
+        match outcome {
+            Ok(()) if request.backing.epoch() == epoch => return Called::Mapped(request, epoch),
+            // Revoked meanwhile: whatever is there now is dead, or may be.
+            Ok(()) => {
+                if let Err(error) = driver.lock().unmap(range) {
+                    return Called::Unknown(request, Quarantine::Unmap { range, error });
+                }
+            }
+            Err(TargetError::Refused(reason)) => return Called::Refused(reason),
+            Err(TargetError::Revoked) => {}
+            Err(error @ TargetError::Unknown(errno)) => {
+                // If it can be taken down, it was there and now is not.
+                if driver.lock().unmap(range).is_err() {
+                    return Called::Unknown(request, Quarantine::Map { range, error });
+                }
+                return Called::Refused(Reason::Kernel { errno, hint: None });
+            }
+        }
+    }
+    Called::Refused(Reason::Revoked)
+}
+
 /// What is to be told to the owner of a quarantined target once all locks are dropped.
 pub(crate) struct PendingCutOff {
     pub(crate) cut_off: Arc<dyn CutOff>,
@@ -47,6 +129,12 @@ pub(crate) struct PendingCutOff {
 /// One commit under way.
 pub(crate) struct Commit<'a, 'w> {
     inner: &'a Inner,
+    /// None only while a host's commit has given it up.
+    pub(crate) turn: Option<Turn<'a>>,
+    /// The state's count of steps after this commit's own last one.
+    seen_steps: u64,
+    /// Whether somebody else has taken a step in between.
+    interrupted: bool,
     class: Class,
     watch: &'a mut Watch<'w>,
     progress: Progress,
@@ -60,9 +148,19 @@ pub(crate) struct Commit<'a, 'w> {
 }
 
 impl<'a, 'w> Commit<'a, 'w> {
-    pub(crate) fn new(inner: &'a Inner, class: Class, watch: &'a mut Watch<'w>) -> Self {
+    /// `turn` is the caller's, who has changed the layout with it.
+    pub(crate) fn new(
+        inner: &'a Inner,
+        turn: Turn<'a>,
+        class: Class,
+        watch: &'a mut Watch<'w>,
+    ) -> Self {
+        let seen_steps = inner.state.lock().step();
         Self {
             inner,
+            turn: Some(turn),
+            seen_steps,
+            interrupted: false,
             class,
             watch,
             progress: Progress { done: 0, total: 0 },
@@ -87,7 +185,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         let plans = self.plan(targets, dirty)?;
         let bytes = plans.iter().map(|(_, plan)| plan.bytes());
         self.progress.total = bytes.fold(0, u64::saturating_add);
-        let mut later = Vec::with_capacity(plans.len());
+        let mut later: Vec<(TargetId, NewMapping)> = Vec::new();
         for (target, plan) in plans {
             for unmap in plan.down {
                 self.watched()?;
@@ -95,15 +193,64 @@ impl<'a, 'w> Commit<'a, 'w> {
                     break;
                 }
             }
-            later.push((target, plan.up));
+            // The last one comes first: on the way up IOMMUs follow the others, so that no
+            // device reaches what the guest does not see yet.
+            later.extend(plan.up.into_iter().rev().map(|new| (target, new)));
         }
-        for (target, up) in later {
-            for new in up {
-                self.watched()?;
-                self.map(target, new)?;
+        self.map_all(later, targets, dirty)
+    }
+
+    /// Makes mappings, the last one first.
+    fn map_all(
+        &mut self,
+        mut later: Vec<(TargetId, NewMapping)>,
+        targets: &[TargetId],
+        dirty: &[(u64, u64)],
+    ) -> Result<(), ChangeError> {
+        while let Some((target, new)) = later.pop() {
+            self.watched()?;
+            self.map(target, new, self.class == Class::Host)?;
+            if self.was_interrupted() {
+                later = self.remaining(targets, dirty);
             }
         }
         Ok(())
+    }
+
+    /// Whether somebody else has taken a step since this was last asked.
+    fn was_interrupted(&mut self) -> bool {
+        if self.class == Class::Guest {
+            return false;
+        }
+        let steps = self.inner.state.lock().steps;
+        let interrupted = steps != self.seen_steps;
+        self.seen_steps = steps;
+        self.interrupted |= interrupted;
+        interrupted
+    }
+
+    /// What is still to be mapped, the last one first: somebody else may have mapped some of it,
+    /// or covered it. BARs that were refused already are not tried again.
+    fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Vec<(TargetId, NewMapping)> {
+        let state = self.inner.landed(dirty);
+        let mut later = Vec::new();
+        for &id in targets {
+            let Some(target) = state.targets.get(&id) else {
+                continue;
+            };
+            if target.quarantined.is_some() {
+                continue;
+            }
+            let dirty = whole_pages(dirty, target.limits.page_size);
+            let plan = plan(&state.layout, &target.viewer(), &target.ledger, &dirty);
+            let refused = |new: &NewMapping| {
+                new.kind == RegionKind::DeviceMemory
+                    && target.ledger.failure_at(new.start).is_some()
+            };
+            let up = plan.up.into_iter().rev().filter(|new| !refused(new));
+            later.extend(up.map(|new| (id, new)));
+        }
+        later
     }
 
     fn plan(
@@ -112,7 +259,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         dirty: &[(u64, u64)],
     ) -> Result<Vec<(TargetId, Plan)>, ChangeError> {
         let mut plans = Vec::with_capacity(targets.len());
-        let mut state = self.inner.state.lock();
+        let mut state = self.inner.landed(dirty);
         let state = &mut *state;
         for &id in targets {
             let Some(target) = state.targets.get_mut(&id) else {
@@ -136,8 +283,10 @@ impl<'a, 'w> Commit<'a, 'w> {
                         reason: piece.reason.clone(),
                     });
                 }
-                let missing = (id, range, piece.reason.clone());
-                self.report.ram_missing.push(missing);
+                if !target.joining && !state.busy.contains(&piece.region) {
+                    let missing = (id, range, piece.reason.clone());
+                    self.report.ram_missing.push(missing);
+                }
             }
             plans.push((id, plan, dirty));
         }
@@ -155,6 +304,16 @@ impl<'a, 'w> Commit<'a, 'w> {
                 (id, plan)
             })
             .collect())
+    }
+
+    /// Notes that RAM is missing in a target. A target that is still joining, and RAM that is
+    /// still being added, are not counted on yet: that commit finds out for itself.
+    fn miss_ram(&mut self, id: TargetId, range: IovaRange, region: RegionId, reason: &Reason) {
+        let state = self.inner.state.lock();
+        let joining = state.targets.get(&id).is_none_or(|target| target.joining);
+        if !joining && !state.busy.contains(&region) {
+            self.report.ram_missing.push((id, range, reason.clone()));
+        }
     }
 
     fn watched(&mut self) -> Result<(), ChangeError> {
@@ -183,29 +342,24 @@ impl<'a, 'w> Commit<'a, 'w> {
                 unmap.entries.into_iter().filter_map(remove).collect()
             })
             .unwrap_or_default();
-        for (at, entry) in &gone {
-            self.report.mappings.push(MappingChange {
-                target: id,
-                iova: iova(*at, entry.last),
-                backing: entry.backing.id(),
-                action: Action::Unmapped,
-            });
-        }
+        self.report_unmapped(id, &gone);
         self.journal.push(Done::Unmapped(id, gone));
         if !unmap.again.is_empty() {
             self.report.bisected = self.report.bisected.saturating_add(1);
         }
+        // A plan that has not been carried out on the way down would be wrong after somebody
+        // else's turn; and this hole is to be closed at once.
         for new in unmap.again {
-            self.map(id, new)?;
+            self.map(id, new, false)?;
         }
         Ok(true)
     }
 
-    /// Makes a mapping, or records why not.
-    fn map(&mut self, id: TargetId, new: NewMapping) -> Result<(), ChangeError> {
+    /// Makes a mapping, or records why not. Gives the turn up meanwhile if `yielding`.
+    fn map(&mut self, id: TargetId, new: NewMapping, yielding: bool) -> Result<(), ChangeError> {
         let (start, size, kind, region) = (new.start, new.size(), new.kind, new.region);
         let (range, backing) = (iova(start, new.last), new.backing.id());
-        let outcome = self.try_map(id, new)?;
+        let outcome = self.try_map(id, new, yielding)?;
         self.progress.done = self.progress.done.saturating_add(size);
         let action = match outcome {
             None => {
@@ -217,8 +371,7 @@ impl<'a, 'w> Commit<'a, 'w> {
                     if self.class == Class::Host {
                         return Err(self.refused(id, range, region, reason));
                     }
-                    let missing = (id, range, reason.clone());
-                    self.report.ram_missing.push(missing);
+                    self.miss_ram(id, range, region, &reason);
                 }
                 let last = range.last().raw();
                 self.inner
@@ -237,7 +390,12 @@ impl<'a, 'w> Commit<'a, 'w> {
     }
 
     /// Makes a mapping and enters it in the ledger. `Ok(Some(_))` says why it is not there.
-    fn try_map(&mut self, id: TargetId, new: NewMapping) -> Result<Option<Reason>, ChangeError> {
+    fn try_map(
+        &mut self,
+        id: TargetId,
+        new: NewMapping,
+        yielding: bool,
+    ) -> Result<Option<Reason>, ChangeError> {
         let Some(driver) = self.inner.driver(id) else {
             return Ok(Some(Reason::Quarantined));
         };
@@ -253,60 +411,73 @@ impl<'a, 'w> Commit<'a, 'w> {
         } else {
             None
         };
-        let range = iova(new.start, new.last);
         let request = MapRequest {
-            iova: range,
+            iova: iova(new.start, new.last),
             access: new.access,
             kind: new.kind,
             backing: new.backing,
             offset: new.offset,
             host,
         };
-        for _ in 0..REVOKED_TRIES {
-            let epoch = request.backing.epoch();
-            let outcome = driver.lock().map(&request);
-            match outcome {
-                Ok(()) => {}
-                Err(TargetError::Refused(reason)) => return Ok(Some(reason)),
-                Err(TargetError::Revoked) => continue,
-                Err(error @ TargetError::Unknown(errno)) => {
-                    // If it can be taken down, it was there and now is not.
-                    if driver.lock().unmap(range).is_err() {
-                        self.quarantine(id, Quarantine::Map { range, error })?;
-                        return Ok(Some(Reason::Quarantined));
-                    }
-                    return Ok(Some(Reason::Kernel { errno, hint: None }));
-                }
-            }
-            if request.backing.epoch() == epoch {
-                let entry = Entry {
-                    last: new.last,
-                    region: new.region,
-                    kind: new.kind,
-                    access: new.access,
-                    backing: request.backing,
-                    offset: new.offset,
-                    epoch,
-                    _host: request.host,
-                };
-                self.inner
-                    .with_ledger(id, |ledger| ledger.entries.insert(new.start, entry));
-                return Ok(None);
-            }
-            // Revoked meanwhile: whatever is there now is dead, or may be.
-            if let Err(error) = driver.lock().unmap(range) {
-                self.quarantine(id, Quarantine::Unmap { range, error })?;
-                return Ok(Some(Reason::Quarantined));
-            }
+        let in_flight = yielding.then(|| {
+            let (in_flight, steps) = InFlight::new(self.inner, id, (new.start, new.last));
+            self.seen_steps = steps;
+            self.turn = None;
+            in_flight
+        });
+        let called = call_map(&driver, request);
+        let (reason, why) = self.enter(id, new.start, new.region, called);
+        drop(in_flight);
+        if self.turn.is_none() {
+            self.turn = Some(self.inner.turns.take());
         }
-        Ok(Some(Reason::Revoked))
+        match why {
+            Some(why) => self.quarantine(id, why).map(|()| reason),
+            None => Ok(reason),
+        }
+    }
+
+    /// Enters in the ledger what is there, or may be. The ledger is exact before anybody can plan
+    /// with it again. Returns why the mapping is not there, and why the target is to be
+    /// quarantined.
+    fn enter(
+        &self,
+        id: TargetId,
+        start: u64,
+        region: RegionId,
+        called: Called,
+    ) -> (Option<Reason>, Option<Quarantine>) {
+        let (request, epoch, why) = match called {
+            Called::Refused(reason) => return (Some(reason), None),
+            Called::Mapped(request, epoch) => (request, epoch, None),
+            // Its pages stay, and the end of the target tries once more to take it down.
+            Called::Unknown(request, why) => {
+                let epoch = request.backing.epoch();
+                (request, epoch, Some(why))
+            }
+        };
+        let entry = Entry {
+            last: request.iova.last().raw(),
+            region,
+            kind: request.kind,
+            access: request.access,
+            backing: request.backing,
+            offset: request.offset,
+            epoch,
+            _host: request.host,
+        };
+        let replaced = self
+            .inner
+            .with_ledger(id, |ledger| ledger.entries.insert(start, entry));
+        drop(replaced);
+        (why.as_ref().map(|_| Reason::Quarantined), why)
     }
 
     fn refused(
         &self,
         id: TargetId,
-        range: crate::IovaRange,
-        region: crate::RegionId,
+        range: IovaRange,
+        region: RegionId,
         reason: Reason,
     ) -> ChangeError {
         let state = self.inner.state.lock();
@@ -336,35 +507,64 @@ impl<'a, 'w> Commit<'a, 'w> {
             return "a target that left".into();
         };
         target.quarantined = Some(why.clone());
-        let name = target.options.name.clone();
-        if let Some(cut_off) = target.options.cut_off.clone() {
-            self.cut_offs.push(PendingCutOff {
-                cut_off,
-                target: name.clone(),
-                why: why.clone(),
-            });
-        }
+        let options = target.options.clone();
+        drop(state);
+        self.cut_off(&options, why);
         self.report.quarantined.push((id, why.clone()));
-        name
+        options.name
     }
 
-    /// Undoes what was done to the targets, the last step first, and wraps `cause` if RAM was
-    /// lost on the way. The caller has reverted the layout. A revocation cannot be undone: what
-    /// was mapped from `revoked` is redone in `targets`.
+    /// Undoes what was done to the targets, and wraps `cause` if RAM was lost on the way. The
+    /// caller has reverted the layout. A revocation cannot be undone: what was mapped from
+    /// `revoked` is redone.
+    ///
+    /// If nobody else has committed in between, the steps are undone one by one, the last one
+    /// first, so that the targets hold the very same mappings as before; otherwise they are
+    /// brought to what the map now says.
     pub(crate) fn undo(
         &mut self,
         cause: ChangeError,
         targets: &[TargetId],
+        dirty: &[(u64, u64)],
         revoked: &[Backing],
     ) -> ChangeError {
+        self.was_interrupted();
         // From here on nothing can be refused: there is nothing to go back to.
         self.class = Class::Guest;
-        self.report = Report::default();
+        self.report.mappings.clear();
+        self.report.ram_missing.clear();
         let journal = std::mem::take(&mut self.journal);
         for (id, start, last) in std::mem::take(&mut self.failed) {
             self.inner
                 .with_ledger(id, |ledger| drop(ledger.forget_failures(start, last)));
         }
+        if self.interrupted {
+            // In this class it records what fails and does not end.
+            let _recorded = self.run(targets, dirty);
+        } else {
+            self.undo_steps(journal);
+        }
+        if !revoked.is_empty() {
+            let mut dirty = Vec::new();
+            let state = self.inner.state.lock();
+            for backing in revoked {
+                state.layout.mark_users(backing.id(), &mut dirty);
+            }
+            drop(state);
+            let _recorded = self.run(targets, &dirty);
+        }
+        match self.report.ram_missing.first().cloned() {
+            Some((id, range, reason)) => ChangeError::UndoLostRam {
+                cause: Box::new(cause),
+                target: self.inner.target_name(id),
+                range,
+                reason,
+            },
+            None => cause,
+        }
+    }
+
+    fn undo_steps(&mut self, journal: Vec<Done>) {
         for (id, failures) in std::mem::take(&mut self.forgotten) {
             self.inner.with_ledger(id, |ledger| {
                 for (at, failure) in failures {
@@ -381,25 +581,6 @@ impl<'a, 'w> Commit<'a, 'w> {
                     }
                 }
             }
-        }
-        if !revoked.is_empty() {
-            let mut dirty = Vec::new();
-            let state = self.inner.state.lock();
-            for backing in revoked {
-                state.layout.mark_users(backing.id(), &mut dirty);
-            }
-            drop(state);
-            // In this class it records what fails and does not end.
-            let _recorded = self.run(targets, &dirty);
-        }
-        match self.report.ram_missing.first().cloned() {
-            Some((id, range, reason)) => ChangeError::UndoLostRam {
-                cause: Box::new(cause),
-                target: self.inner.target_name(id),
-                range,
-                reason,
-            },
-            None => cause,
         }
     }
 
@@ -435,20 +616,19 @@ impl<'a, 'w> Commit<'a, 'w> {
             offset: entry.offset,
         };
         // In this class a map records its failure and does not end the commit.
-        let _recorded = self.map(id, new);
+        let _recorded = self.map(id, new, false);
     }
 
-    /// Takes everything down that a target holds. A quarantined one is tried once more; what
-    /// cannot be taken down stays alive for ever.
-    pub(crate) fn tear_down(&mut self, id: TargetId, target: &mut Target) {
+    /// Takes everything down that a target holds, and ends it. A quarantined one is tried once
+    /// more; what cannot be taken down stays alive for ever.
+    pub(crate) fn tear_down(&mut self, id: TargetId, mut target: Target) {
         let spans = target.limits.unmap_spans && target.quarantined.is_none();
         let mut left = std::mem::take(&mut target.ledger.entries)
             .into_iter()
             .peekable();
-        let mut stuck: Vec<Entry> = Vec::new();
         while let Some((at, entry)) = left.next() {
+            let mut last = entry.last;
             let mut run = vec![(at, entry)];
-            let mut last = run.first().map_or(at, |(_, entry)| entry.last);
             while let Some(next) =
                 left.next_if(|(next, _)| spans && last.checked_add(1) == Some(*next))
             {
@@ -458,35 +638,152 @@ impl<'a, 'w> Commit<'a, 'w> {
             let range = iova(at, last);
             let outcome = target.driver.lock().unmap(range);
             match outcome {
-                Ok(()) => {
-                    for (at, entry) in run {
-                        self.report.mappings.push(MappingChange {
-                            target: id,
-                            iova: iova(at, entry.last),
-                            backing: entry.backing.id(),
-                            action: Action::Unmapped,
-                        });
-                    }
-                }
+                Ok(()) => self.report_unmapped(id, &run),
                 Err(error) => {
-                    stuck.extend(run.into_iter().map(|(_, entry)| entry));
+                    // A device may still reach these: their memory must never be used for
+                    // anything else.
+                    run.into_iter().for_each(std::mem::forget);
                     let why = Quarantine::Unmap { range, error };
                     if target.quarantined.is_none() {
-                        if let Some(cut_off) = target.options.cut_off.clone() {
-                            self.cut_offs.push(PendingCutOff {
-                                cut_off,
-                                target: target.options.name.clone(),
-                                why: why.clone(),
-                            });
-                        }
+                        self.cut_off(&target.options, &why);
                         target.quarantined = Some(why.clone());
                     }
                     self.report.quarantined.push((id, why));
                 }
             }
         }
-        // A device may still reach these: their memory must never be used for anything else.
-        stuck.into_iter().for_each(std::mem::forget);
+    }
+
+    fn report_unmapped(&mut self, id: TargetId, gone: &[(u64, Entry)]) {
+        let changes = gone.iter().map(|(at, entry)| MappingChange {
+            target: id,
+            iova: iova(*at, entry.last),
+            backing: entry.backing.id(),
+            action: Action::Unmapped,
+        });
+        self.report.mappings.extend(changes);
+    }
+
+    fn cut_off(&mut self, options: &TargetOptions, why: &Quarantine) {
+        if let Some(cut_off) = options.cut_off.clone() {
+            self.cut_offs.push(PendingCutOff {
+                cut_off,
+                target: options.name.clone(),
+                why: why.clone(),
+            });
+        }
+    }
+
+    /// Ends the turn, and then tells everybody who is to be told.
+    pub(crate) fn end(self, wakes: Wakes) -> Report {
+        let Self {
+            turn,
+            report,
+            cut_offs,
+            ..
+        } = self;
+        drop(turn);
+        for pending in cut_offs {
+            pending.cut_off.cut_off(&pending.target, &pending.why);
+        }
+        wakes.wake();
+        report
+    }
+}
+
+impl Inner {
+    /// Carries a change out, whole or not at all.
+    pub(crate) fn commit(
+        &self,
+        mut operations: Vec<Operation>,
+        class: Class,
+        watch: &mut Watch<'_>,
+    ) -> Result<Report, ChangeError> {
+        let touched: SmallVec<[RegionId; 4]> =
+            operations.iter().filter_map(Operation::region).collect();
+        let (turn, applied, targets) = self.begin(&mut operations, &touched, class)?;
+        let Applied {
+            dirty,
+            inverses,
+            backings,
+            revoked,
+        } = applied;
+        let mut commit = Commit::new(self, turn, class, watch);
+        let outcome = commit.run(&targets, &dirty).map_err(|cause| {
+            let mut state = self.state.lock();
+            let leftovers = state.layout.revert(inverses);
+            // Others may have come and gone meanwhile.
+            let targets = state.targets_in_order();
+            drop(state);
+            drop(leftovers);
+            commit.undo(cause, &targets, &dirty, &revoked)
+        });
+        self.release_addresses(&backings);
+        let wakes = {
+            let mut state = self.state.lock();
+            if class == Class::Host {
+                state.busy.retain(|region| !touched.contains(region));
+            }
+            state.reach_changed_in(&touched, &dirty)
+        };
+        if class == Class::Host {
+            self.settled.notify_all();
+        }
+        let report = commit.end(wakes);
+        outcome.map(|()| report)
+    }
+
+    /// Takes a turn and changes the layout, once nobody else is at the same regions.
+    fn begin(
+        &self,
+        operations: &mut [Operation],
+        touched: &[RegionId],
+        class: Class,
+    ) -> Result<(Turn<'_>, Applied, Vec<TargetId>), InvalidChange> {
+        loop {
+            let turn = self.turns.take();
+            let mut state = self.state.lock();
+            if touched.iter().any(|region| state.busy.contains(region)) {
+                // Whoever is at it needs a turn to finish.
+                drop(turn);
+                self.settled.wait(&mut state);
+                continue;
+            }
+            let applied = match state.layout.apply(operations) {
+                Ok(applied) => applied,
+                Err((invalid, leftovers)) => {
+                    drop(state);
+                    drop(leftovers);
+                    return Err(invalid);
+                }
+            };
+            if class == Class::Host {
+                state.busy.extend(touched);
+            }
+            let targets = state.targets_in_order();
+            return Ok((turn, applied, targets));
+        }
+    }
+
+    /// Locks the state once nothing is in flight in the dirty ranges, so that the ledgers are exact
+    /// there. What is in flight lands without a turn; nobody else takes off, for the caller has it.
+    fn landed(&self, dirty: &[(u64, u64)]) -> MutexGuard<'_, State> {
+        let mut state = self.state.lock();
+        while state.is_in_flight(dirty) {
+            self.settled.wait(&mut state);
+        }
+        state
+    }
+
+    /// Waits until nothing is in flight to a target.
+    pub(crate) fn wait_until_landed(&self, state: &mut MutexGuard<'_, State>, id: TargetId) {
+        while state
+            .targets
+            .get(&id)
+            .is_some_and(|target| !target.in_flight.is_empty())
+        {
+            self.settled.wait(state);
+        }
     }
 }
 

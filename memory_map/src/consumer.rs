@@ -237,11 +237,30 @@ pub enum Quarantine {
     },
 }
 
+/// What kind of consumer follows the map. On the way down they are told in this order, on the
+/// way up in the opposite one; host addresses go last and come first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum ConsumerKind {
+    /// An IOMMU.
+    #[default]
+    Iommu,
+    /// The hypervisor's memory slots: what the guest's processors see. Like an IOMMU they hold
+    /// no two mappings at one address, are limited in number
+    /// ([`TargetLimits::entry_limit`]) and change none in place.
+    MemorySlots,
+    /// Another process with which RAM is shared.
+    Sharing,
+}
+
 /// What a target is registered with.
 #[derive(Clone)]
 pub struct TargetOptions {
     /// For people, and the key in reports.
     pub name: TargetName,
+    /// An IOMMU or memory slots; [`RegionManager::register_sharing`] sets its own.
+    ///
+    /// [`RegionManager::register_sharing`]: crate::RegionManager::register_sharing
+    pub kind: ConsumerKind,
     /// Which device memory it may see.
     pub filter: Filter,
     /// How to cut its devices off if it must be quarantined.
@@ -254,6 +273,7 @@ impl TargetOptions {
     pub fn new(name: impl Into<TargetName>) -> Self {
         Self {
             name: name.into(),
+            kind: ConsumerKind::Iommu,
             filter: Filter::All,
             cut_off: None,
         }
@@ -264,6 +284,7 @@ impl fmt::Debug for TargetOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TargetOptions")
             .field("name", &self.name)
+            .field("kind", &self.kind)
             .field("filter", &self.filter)
             .field("cut_off", &self.cut_off.is_some())
             .finish()

@@ -96,6 +96,13 @@ pub(crate) struct Applied {
     pub(crate) revoked: Vec<Backing>,
 }
 
+/// Parts of regions that are in the layout no more.
+#[derive(Debug, Default)]
+pub(crate) struct Leftovers {
+    regions: Vec<Region>,
+    inverses: Vec<Inverse>,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Layout {
     pub(crate) regions: HashMap<RegionId, Region>,
@@ -106,12 +113,14 @@ pub(crate) struct Layout {
 
 impl Layout {
     /// Carries out operations in order; all of them or, where one makes no sense, none.
-    pub(crate) fn apply(&mut self, operations: Vec<Operation>) -> Result<Applied, InvalidChange> {
+    pub(crate) fn apply(
+        &mut self,
+        operations: &mut [Operation],
+    ) -> Result<Applied, (InvalidChange, Leftovers)> {
         let mut applied = Applied::default();
         for operation in operations {
             if let Err(invalid) = self.apply_one(operation, &mut applied) {
-                self.revert(applied.inverses);
-                return Err(invalid);
+                return Err((invalid, self.revert(applied.inverses)));
             }
         }
         for backing in &applied.revoked {
@@ -123,15 +132,16 @@ impl Layout {
 
     fn apply_one(
         &mut self,
-        operation: Operation,
+        operation: &mut Operation,
         applied: &mut Applied,
     ) -> Result<(), InvalidChange> {
-        match operation {
-            Operation::Add(id, spec) => {
-                let region = region_from(*spec)?;
-                applied.backings.extend(backings(&region));
-                self.insert(id, region);
-                applied.inverses.push(Inverse::Remove(id));
+        match *operation {
+            Operation::Add(id, ref mut region) => {
+                if let Some(region) = region.take() {
+                    applied.backings.extend(backings(&region));
+                    self.insert(id, *region);
+                    applied.inverses.push(Inverse::Remove(id));
+                }
             }
             Operation::Remove(id) => {
                 let region = self.take(id).ok_or(InvalidChange::UnknownRegion(id))?;
@@ -156,7 +166,7 @@ impl Layout {
                     applied.inverses.push(Inverse::Access(id, before));
                 }
             }
-            Operation::SetSubMapping(id, sub) => {
+            Operation::SetSubMapping(id, ref sub) => {
                 let region = self.region(id)?;
                 let (start, pages) = checked_pages(&region.name, region.size, sub)?;
                 self.replace_pages(id, (start, pages.last), vec![(start, pages)], applied);
@@ -166,16 +176,19 @@ impl Layout {
                 let span = checked_span(&region.name, region.size, offset, size)?;
                 self.replace_pages(id, span, Vec::new(), applied);
             }
-            Operation::Revoke(backing) => applied.revoked.push(backing),
+            Operation::Revoke(ref backing) => applied.revoked.push(backing.clone()),
         }
         Ok(())
     }
 
-    /// Takes operations back, the last one first.
-    pub(crate) fn revert(&mut self, inverses: Vec<Inverse>) {
+    /// Takes operations back, the last one first. Returns what is left over, for the caller to
+    /// drop without a lock: it may be the last of an embedder's object.
+    #[must_use]
+    pub(crate) fn revert(&mut self, inverses: Vec<Inverse>) -> Leftovers {
+        let mut leftovers = Leftovers::default();
         for inverse in inverses.into_iter().rev() {
             match inverse {
-                Inverse::Remove(id) => drop(self.take(id)),
+                Inverse::Remove(id) => leftovers.regions.extend(self.take(id)),
                 Inverse::Insert(id, region) => self.insert(id, *region),
                 Inverse::Place(id, place, disabled) => {
                     // The region was there a moment ago; nothing else could remove it.
@@ -188,10 +201,13 @@ impl Layout {
                     }
                 }
                 Inverse::Pages(id, span, pages) => {
-                    self.replace_pages(id, span, pages, &mut Applied::default());
+                    let mut applied = Applied::default();
+                    self.replace_pages(id, span, pages, &mut applied);
+                    leftovers.inverses.append(&mut applied.inverses);
                 }
             }
         }
+        leftovers
     }
 
     pub(crate) fn region(&self, id: RegionId) -> Result<&Region, InvalidChange> {
@@ -392,10 +408,11 @@ fn span_at(range: GpaRange, start: u64, last: u64) -> (u64, u64) {
     (base.wrapping_add(start), base.wrapping_add(last))
 }
 
-fn region_from(spec: RegionSpec) -> Result<Region, InvalidChange> {
+/// A region as it is added: disabled, with its pages checked.
+pub(crate) fn region_from(spec: RegionSpec) -> Result<Region, InvalidChange> {
     let size = spec.range.size();
     let mut pages: BTreeMap<u64, Pages> = BTreeMap::new();
-    for sub in spec.sub_mappings {
+    for sub in &spec.sub_mappings {
         let (start, new) = checked_pages(&spec.name, size, sub)?;
         let below = pages.range(..=new.last).next_back();
         if below.is_some_and(|(_, below)| below.last >= start) {
@@ -450,14 +467,14 @@ fn checked_span(
 fn checked_pages(
     region: &RegionName,
     region_size: u64,
-    sub: SubMapping,
+    sub: &SubMapping,
 ) -> Result<(u64, Pages), InvalidChange> {
     let SubMapping {
         offset,
         size,
-        backing,
+        ref backing,
         backing_offset,
-    } = sub;
+    } = *sub;
     if backing_offset % GRANULE != 0 {
         return Err(InvalidChange::Misaligned {
             region: region.clone(),
@@ -480,7 +497,7 @@ fn checked_pages(
         start,
         Pages {
             last,
-            backing,
+            backing: backing.clone(),
             backing_offset,
         },
     ))

@@ -95,6 +95,8 @@
 //!    holds it must be cut; then only that mapping is, and what remains of it is mapped again
 //!    before anything else is done.
 //! 5. All unmaps of a commit come before all other maps, in every target, so two BARs can swap.
+//!    On the way down IOMMUs come before memory slots and those before sharing consumers, on the
+//!    way up they come after them ([`ConsumerKind`]).
 //! 6. Pages, and their host address, outlive every mapping made from them. If an unmap fails,
 //!    the target is quarantined: it is told nothing more, its devices are [cut off](CutOff), and
 //!    the pages it may still reach are kept for ever.
@@ -107,9 +109,22 @@
 //! fail: what goes, goes; what comes and cannot be mapped is at its place, unavailable.
 //!
 //! # Threads
-//! Changes take turns. Queries take a lock that is only ever held for short steps, never while a
-//! consumer, a backing, a watcher or a cut-off handle is called, so they do not wait for the
-//! kernel. A consumer must not change the map it is called from.
+//! Changes take turns, first come, first served. When a commit returns, every target has been
+//! told everything. Three things keep turns short:
+//!
+//! - A host's commit gives its turn up while a target makes a mapping, so a BAR can move while a
+//!   terabyte of RAM is being mapped in pieces of [`TargetLimits::largest_mapping`]. The BAR
+//!   waits for one such piece at the most, and only where it needs the same target, which is
+//!   called by one at a time.
+//! - Meanwhile nobody else may change the regions that this commit touches, or plan for addresses
+//!   in which a mapping is just being made: who wants to, waits. What somebody else has changed in
+//!   between is planned anew.
+//! - Queries take a lock that is only held for short steps, never while a consumer, a backing, a
+//!   watcher, a subscriber or a cut-off handle is called. They do not wait for the kernel.
+//!
+//! A config write or a reset of a device happens outside of the map, before or after a commit. The
+//! order of locks is: an assigned function's, the turn, the state, a target's. A consumer or a
+//! watcher must not change the map it is called from.
 //!
 //! # What this crate does not do
 //! It opens no files, makes no system calls and contains no `unsafe`: host addresses are numbers
@@ -119,6 +134,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod addresses;
 mod backing;
 mod change;
 mod commit;
@@ -131,21 +147,28 @@ mod plan;
 mod query;
 mod reach;
 mod region;
+mod registration;
 mod sharing;
+mod state;
+mod subscription;
+mod sync;
 mod translation;
+mod turn;
 mod view;
 
 pub use address::{Address, AddressRange, Gpa, GpaRange, HostVa, Iova, IovaRange, RangeError};
 pub use backing::{Backing, BackingId, BackingObject, Epoch, HostAddress, HostMapping};
 pub use change::{Action, Change, ChangeError, InvalidChange, MappingChange, Progress, Report};
 pub use consumer::{
-    CutOff, DmaTarget, Filter, Label, MapRequest, Quarantine, SharingConsumer, TargetError,
-    TargetId, TargetLimits, TargetName, TargetOptions,
+    ConsumerKind, CutOff, DmaTarget, Filter, Label, MapRequest, Quarantine, SharingConsumer,
+    TargetError, TargetId, TargetLimits, TargetName, TargetOptions,
 };
 pub use errno::Errno;
-pub use manager::{RegionInfo, RegionManager, TargetHandle, ViewSegment};
+pub use manager::{RegionInfo, RegionManager, ViewSegment};
 pub use reach::{Missing, Reach, ReachEntry, Reason};
 pub use region::{
     Access, DisabledBecause, GRANULE, Priority, RegionId, RegionKind, RegionName, RegionSpec,
     SubMapping,
 };
+pub use registration::TargetHandle;
+pub use subscription::{ReachChanges, ReachSubscription};

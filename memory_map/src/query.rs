@@ -2,32 +2,36 @@
 
 use crate::layout::{Layout, Region, bounds};
 use crate::ledger::Ledger;
-use crate::manager::{State, Target};
+use crate::state::{State, Target};
 use crate::translation::{Piece, Wanted};
 use crate::{GpaRange, Missing, Reach, ReachEntry, Reason, RegionId};
 
-/// The reach of every target into every region.
+/// The reach of every target into every region, by target and region.
 pub(crate) fn all_reach(state: &State) -> Vec<ReachEntry> {
-    let mut regions: Vec<(RegionId, &Region)> = state
-        .layout
-        .regions
-        .iter()
-        .map(|(&id, region)| (id, region))
+    let regions = state.layout.regions.iter();
+    let mut entries: Vec<ReachEntry> = regions
+        .flat_map(|(&id, region)| reach_into(state, id, region))
         .collect();
-    regions.sort_unstable_by_key(|(id, _)| *id);
-    let mut entries = Vec::new();
-    for (&target_id, target) in &state.targets {
-        for &(id, region) in &regions {
-            entries.push(ReachEntry {
-                target: target_id,
-                target_name: target.options.name.clone(),
-                region: id,
-                region_name: region.name.clone(),
-                reach: reach(&state.layout, target, id, region),
-            });
-        }
-    }
+    entries.sort_unstable_by_key(|entry| (entry.target, entry.region));
     entries
+}
+
+/// The reach of every target into one region.
+pub(crate) fn reach_into<'s>(
+    state: &'s State,
+    id: RegionId,
+    region: &'s Region,
+) -> impl Iterator<Item = ReachEntry> + 's {
+    state
+        .targets
+        .iter()
+        .map(move |(&target, found)| ReachEntry {
+            target,
+            target_name: found.options.name.clone(),
+            region: id,
+            region_name: region.name.clone(),
+            reach: reach(&state.layout, found, id, region),
+        })
 }
 
 /// What has been found of a region in a target.

@@ -168,6 +168,17 @@ impl FlatView {
 }
 
 impl FlatView {
+    /// Adds to `regions` all that lie in `start..=last`, seen or covered; some more than once.
+    pub(crate) fn lying_in(&self, start: u64, last: u64, regions: &mut Vec<RegionId>) {
+        let from = match self.cells.range(..=start).next_back() {
+            Some((&cell_start, cell)) if cell.last >= start => cell_start,
+            _ => start,
+        };
+        for cell in self.cells.range(from..=last).map(|(_, cell)| cell) {
+            regions.extend(cell.stack.iter().map(|rank| rank.region));
+        }
+    }
+
     /// What is seen at `address`, with all that surrounds it and shows the same region.
     pub(crate) fn seen_at(&self, address: u64) -> Option<Seen> {
         let (&start, cell) = self.cells.range(..=address).next_back()?;

@@ -153,7 +153,29 @@ fn main() -> ExitCode {
 fn test(strictness: Strictness) -> anyhow::Result<ExitCode> {
     check::check()?;
     workspace::cargo(&["test", "--workspace", "--locked"], &[])?;
+    interleavings()?;
     lab_test::test(None, false, strictness.refuses_skips())
+}
+
+/// The map's threads under a model checker, in a build folder of their own: everything below is
+/// built with another configuration.
+fn interleavings() -> anyhow::Result<()> {
+    let folder = workspace::target()?.join("shuttle");
+    let folder = folder.to_string_lossy();
+    let arguments = [
+        "test",
+        "--release",
+        "--locked",
+        "--package",
+        "memory_map",
+        "--test",
+        "interleavings",
+    ];
+    let environment = [
+        ("RUSTFLAGS", "--cfg shuttle"),
+        ("CARGO_TARGET_DIR", &folder),
+    ];
+    workspace::cargo(&arguments, &environment)
 }
 
 fn fetch() -> anyhow::Result<ExitCode> {

@@ -121,13 +121,18 @@ fn kvm_is_there_for_a_guest(bench: &mut Bench) -> Result<(), ScenarioError> {
     })
 }
 
-/// Has edu read from an address that is not mapped, without VFIO: the function's own IOMMU domain
-/// is empty then. The registers are in the lab's facts and in QEMU's `docs/specs/edu.rst`.
-const EDU_READS_UNMAPPED: &str = r"
+/// Has edu at `0000:00:05.0` read 16 bytes from an address, without VFIO: the function's own IOMMU
+/// domain is empty then. The registers are in the lab's facts and in QEMU's `docs/specs/edu.rst`.
+pub(super) fn edu_reads(bench: &mut Bench, iova: u64) -> Result<(), ScenarioError> {
+    bench.shell(&format!("iova={iova:#x}\n{EDU_READS}"))?;
+    Ok(())
+}
+
+const EDU_READS: &str = r"
     sysfs=/sys/bus/pci/devices/0000:00:05.0
     printf '\006\000' | dd of=$sysfs/config bs=2 seek=2 conv=notrunc 2>/dev/null
     bar=$(head -n 1 $sysfs/resource | cut -d ' ' -f 1)
-    devmem $((bar + 0x80)) 64 0x12345678
+    devmem $((bar + 0x80)) 64 $iova
     devmem $((bar + 0x88)) 64 0x40000
     devmem $((bar + 0x90)) 64 16
     devmem $((bar + 0x98)) 64 1
@@ -137,7 +142,7 @@ const EDU_READS_UNMAPPED: &str = r"
 
 fn blocked_dma_is_witnessed(bench: &mut Bench) -> Result<(), ScenarioError> {
     let edu = RequesterId::new(0, 5, 0);
-    bench.shell(EDU_READS_UNMAPPED)?;
+    edu_reads(bench, 0x1234_5678)?;
     let faults = bench.dmar_faults()?;
     let first = faults.first().copied();
     ensure(

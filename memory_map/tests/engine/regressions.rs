@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::page_table::{Addresses, Call, Fault, PAGE, PageTable, backing, limits};
 use memory_map::{
-    Access, Backing, ChangeError, CutOff, DisabledBecause, DmaTarget, Errno, Gpa, GpaRange,
-    InvalidChange, Iova, IovaRange, MapRequest, Priority, Quarantine, Reach, Reason, RegionId,
-    RegionKind, RegionManager, RegionSpec, SharingConsumer, SubMapping, TargetError, TargetHandle,
-    TargetLimits, TargetName, TargetOptions,
+    Access, Backing, ChangeError, ConsumerKind, CutOff, DisabledBecause, DmaTarget, Errno, Gpa,
+    GpaRange, InvalidChange, Iova, IovaRange, MapRequest, Priority, Quarantine, Reach, Reason,
+    RegionId, RegionKind, RegionManager, RegionSpec, SharingConsumer, SubMapping, TargetError,
+    TargetHandle, TargetLimits, TargetName, TargetOptions,
 };
 use parking_lot::Mutex;
 
@@ -612,6 +612,154 @@ fn reading_the_map_does_not_wait_for_a_target() {
     let _handle = f.map.register(nosy, TargetOptions::new("nosy")).unwrap();
     f.ram(0, 1);
     assert_eq!(seen.load(Ordering::SeqCst), 2);
+}
+
+/// A target whose first mapping of RAM goes on until the map shows a BAR at its new place.
+struct Waiting {
+    table: PageTable,
+    map: RegionManager,
+    patience: usize,
+}
+
+impl DmaTarget for Waiting {
+    fn limits(&self) -> Result<TargetLimits, Errno> {
+        self.table.limits()
+    }
+    fn needs_host_address(&self, backing: &Backing) -> bool {
+        self.table.needs_host_address(backing)
+    }
+    fn map(&mut self, request: &MapRequest) -> Result<(), TargetError> {
+        while request.kind == RegionKind::Ram && self.patience > 0 {
+            if self.map.lookup(Gpa::new(0x20_0000)).is_some() {
+                self.patience = 0;
+                break;
+            }
+            self.patience -= 1;
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        self.table.map(request)
+    }
+    fn unmap(&mut self, range: IovaRange) -> Result<(), TargetError> {
+        self.table.unmap(range)
+    }
+}
+
+#[test]
+fn a_bar_waits_for_one_piece_of_a_long_map_and_no_more() {
+    let f = fixture();
+    let bar = f.bar(0x10_0000, 1);
+    let table = PageTable::new(TargetLimits {
+        largest_mapping: PAGE,
+        ..limits()
+    });
+    let waiting = Box::new(Waiting {
+        table: table.clone(),
+        map: f.map.clone(),
+        patience: 60_000,
+    });
+    let options = TargetOptions::new("waiting");
+    let _handle = f.map.register(waiting, options).unwrap();
+    table.take_calls();
+    let mut change = f.map.change();
+    let ram = change.add(f.spec(RegionKind::Ram, 0, 4));
+    change.enable(ram);
+    let map = f.map.clone();
+    let mover = std::thread::spawn(move || {
+        // Begins when the first piece does: the map then shows RAM.
+        while map.lookup(Gpa::new(0)).is_none() {
+            std::thread::yield_now();
+        }
+        let mut change = map.change();
+        change.move_to(bar, Gpa::new(0x20_0000));
+        change.commit_guest().unwrap()
+    });
+    change.commit().unwrap();
+    assert_eq!(mover.join().unwrap().maps(), 1);
+    let piece = |n: u64| Call::Map(n * PAGE, n * PAGE + 0xfff);
+    assert_eq!(
+        table.take_calls(),
+        [
+            piece(0),
+            Call::Unmap(0x10_0000, 0x10_0fff),
+            Call::Map(0x20_0000, 0x20_0fff),
+            piece(1),
+            piece(2),
+            piece(3),
+        ]
+    );
+}
+
+#[test]
+fn a_subscription_tells_what_changed_once_and_grows_no_queue() {
+    let f = fixture();
+    let woken = Arc::new(AtomicUsize::new(0));
+    let wakes = woken.clone();
+    let subscription = f.map.subscribe(move || {
+        wakes.fetch_add(1, Ordering::SeqCst);
+    });
+    let bar = f.bar(0x1_0000, 1);
+    let other = f.bar(0x5_0000, 1);
+    let (_table, _handle) = f.target(limits());
+    assert_eq!(woken.load(Ordering::SeqCst), 1);
+    assert_eq!(subscription.take().reach.len(), 2);
+    for n in 2..1000 {
+        f.move_to(bar, n * 0x1_0000);
+    }
+    assert_eq!(woken.load(Ordering::SeqCst), 2);
+    let changes = subscription.take();
+    assert_eq!(
+        changes.reach.len(),
+        2,
+        "the other one was covered for a while"
+    );
+    assert!(
+        changes
+            .reach
+            .iter()
+            .all(|entry| entry.reach == Reach::Mapped)
+    );
+    f.move_to(bar, 0x7_0000);
+    assert_eq!(subscription.take().reach.len(), 1);
+    let mut change = f.map.change();
+    change.remove(other);
+    change.commit().unwrap();
+    assert_eq!(subscription.take().removed, [other]);
+    assert_eq!(subscription.take(), memory_map::ReachChanges::default());
+}
+
+#[test]
+fn iommus_go_first_on_the_way_down_and_last_on_the_way_up() {
+    let f = fixture();
+    let log: Arc<Mutex<Vec<String>>> = Arc::default();
+    struct Named(&'static str, Arc<Mutex<Vec<String>>>);
+    impl DmaTarget for Named {
+        fn limits(&self) -> Result<TargetLimits, Errno> {
+            Ok(limits())
+        }
+        fn needs_host_address(&self, _: &Backing) -> bool {
+            false
+        }
+        fn map(&mut self, _: &MapRequest) -> Result<(), TargetError> {
+            self.1.lock().push(format!("+{}", self.0));
+            Ok(())
+        }
+        fn unmap(&mut self, _: IovaRange) -> Result<(), TargetError> {
+            self.1.lock().push(format!("-{}", self.0));
+            Ok(())
+        }
+    }
+    let register = |name, kind| {
+        let mut options = TargetOptions::new(name);
+        options.kind = kind;
+        let target = Box::new(Named(name, log.clone()));
+        f.map.register(target, options).unwrap()
+    };
+    let _slots = register("slots", ConsumerKind::MemorySlots);
+    let _iommu = register("iommu", ConsumerKind::Iommu);
+    let bar = f.bar(0x1_0000, 1);
+    f.move_to(bar, 0x2_0000);
+    let log = log.lock().join(" ");
+    assert_eq!(log, "+slots +iommu -iommu -slots +slots +iommu");
 }
 
 #[test]

@@ -17,6 +17,9 @@ use super::report::Pair;
 use super::windows;
 use crate::ram::GuestRam;
 
+/// Where RAM begins.
+pub const RAM: Gpa = Gpa::new(0x20_0000);
+
 /// What an assembly is made from.
 pub struct Parts {
     /// The IOMMU address spaces.
@@ -62,10 +65,9 @@ impl Assembly {
     /// Lays everything out and registers the IOMMUs.
     pub fn new(parts: Parts) -> Result<Self> {
         let map = RegionManager::new();
-        let ram = GuestRam::add(&map, "ram", parts.ram, Gpa::new(0))?;
-        // Its own page, one page above the end of RAM.
-        let gap = ram.range().size().saturating_add(memory_map::GRANULE);
-        let page = GuestRam::add(&map, "control page", parts.page, Gpa::new(gap))?;
+        // The page comes first, so that a limit on locked memory is told with all that is needed.
+        let page = GuestRam::add(&map, "control page", parts.page, Gpa::new(0))?;
+        let ram = GuestRam::add(&map, "ram", parts.ram, RAM)?;
         let mut targets = Vec::new();
         for (number, target) in parts.targets.into_iter().enumerate() {
             let mut options = TargetOptions::new(format!("container {number}"));
@@ -85,7 +87,7 @@ impl Assembly {
         }
         let functions: Vec<&AssignedFunction> = members.iter().map(|m| &m.function).collect();
         let bars: Vec<BarInfo> = functions.iter().flat_map(|f| f.bars()).collect();
-        let windows = windows::choose(&parts.allowed, page.range().last(), &bars)?;
+        let windows = windows::choose(&parts.allowed, ram.range().last(), &bars)?;
         let placed = place_bars(&functions, windows)?;
         if let Some(error) = placed.outcome.host_errors.first() {
             return Err(*error).context("placing the BARs");

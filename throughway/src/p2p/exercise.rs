@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use dma_engine::EngineError;
 use memory_map::{Gpa, Iova};
 
-use super::assembly::{Assembly, Member, MemberBar};
+use super::assembly::{Assembly, Member, MemberBar, RAM};
 use super::report::{Exercised, Pair};
 use crate::pattern::{comparison, pattern, read_bar};
 use crate::ram::GuestRam;
@@ -13,8 +13,8 @@ use crate::ram::GuestRam;
 pub const LEN: usize = 4096;
 const LEN_64: u64 = 4096;
 /// Where in RAM data come from and go to.
-pub const SOURCE: Gpa = Gpa::new(0x1_0000);
-const MAILBOX: Gpa = Gpa::new(0x2_0000);
+pub const SOURCE: Gpa = Gpa::new(RAM.raw() + 0x1_0000);
+const MAILBOX: Gpa = Gpa::new(RAM.raw() + 0x2_0000);
 
 /// Exercises every pair whose BAR is mapped and can be written without harm, by every engine
 /// there is. A pair that has failed before keeps its verdict.
@@ -40,7 +40,10 @@ fn exercise(assembly: &mut Assembly, pair: &mut Pair, number: u64) -> Result<()>
         return Ok(());
     }
     match one(from, to, &bar, ram, number)? {
-        Exercise::Done => pair.exercised = Some(Exercised::Ok),
+        Exercise::Done => {
+            pair.exercised = Some(Exercised::Ok);
+            pair.at.push(bar.info.address);
+        }
         Exercise::Differs(how) => {
             pair.exercised = Some(Exercised::Mismatch);
             pair.note = Some(how);

@@ -32,6 +32,8 @@ pub struct Pair {
     pub counts: bool,
     /// Null where no data were moved.
     pub exercised: Option<Exercised>,
+    /// Where the BAR was when data were moved into it and back, and compared.
+    pub at: Vec<u64>,
     /// Why no data were moved, or what did not match.
     pub note: Option<String>,
     #[serde(skip)]
@@ -70,6 +72,7 @@ impl Pair {
             counts: reason.is_some() && !by_design,
             reason,
             exercised: None,
+            at: Vec::new(),
             note: None,
             from_member,
             to_member,
@@ -148,6 +151,9 @@ impl fmt::Display for P2pReport {
             } = pair;
             write!(f, "{from:<14}{to:<14}{bar:<6}{reach:<13}{data}")?;
             let notes = [pair.reason.as_deref(), pair.note.as_deref()];
+            for at in &pair.at {
+                write!(f, "  at {at:#x}")?;
+            }
             for note in notes.into_iter().flatten() {
                 write!(f, "  ({note})")?;
             }

@@ -86,6 +86,12 @@ fn every_pair_is_told_exercised_and_controlled() {
             (bar2.reach, bar2.exercised),
             ("mapped", Some(Exercised::Ok))
         );
+        assert_eq!(
+            bar2.at.len(),
+            2,
+            "at its first place and where it was moved"
+        );
+        assert_ne!(bar2.at[0], bar2.at[1]);
         let bar0 = pair(from, "06.0", 0);
         assert_eq!((bar0.reach, bar0.counts), ("unavailable", false));
     }

@@ -1,0 +1,66 @@
+//! What a program leaves on a host, as the kernel tells it.
+
+use std::fmt;
+
+use crate::scenario::{Bench, ScenarioError};
+
+/// The commands that print it. The kernel sums up its page counters when it is asked to.
+pub const SCRIPT: &str = r#"
+    cat /proc/sys/vm/stat_refresh
+    awk '/^nr_foll_pin_acquired/ { a = $2 } /^nr_foll_pin_released/ { r = $2 }
+         END { print "pinned pages:", a - r }' /proc/vmstat
+    awk '$1 ~ /^vfio/ { print "users of " $1 ":", $3 }' /proc/modules
+    echo "open files of VFIO: $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c vfio)"
+    for device in /sys/bus/pci/devices/*; do
+        echo "$device: $(readlink $device/driver), override $(cat $device/driver_override)"
+        hexdump -C -n 64 $device/config
+    done
+"#;
+
+/// Pinned pages, uses of VFIO's modules, open files, and each function's driver and configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Footprint(String);
+
+impl Footprint {
+    /// As it is now.
+    pub fn take(bench: &mut Bench) -> Result<Self, ScenarioError> {
+        Ok(Self(bench.shell(SCRIPT)?))
+    }
+
+    /// That it is the same now.
+    pub fn ensure_same(&self, bench: &mut Bench) -> Result<(), ScenarioError> {
+        let now = Self::take(bench)?;
+        if now == *self {
+            return Ok(());
+        }
+        Err(ScenarioError::unexpected(format!(
+            "something is left.\nbefore:\n{self}\nafter:\n{now}"
+        )))
+    }
+
+    /// What a script printed that ran [`SCRIPT`].
+    pub fn printed(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+
+    /// How many pages are pinned, for whatever purpose.
+    pub fn pinned_pages(&self) -> Option<u64> {
+        let line = |line: &str| line.strip_prefix("pinned pages: ")?.parse().ok();
+        self.0.lines().find_map(line)
+    }
+}
+
+impl fmt::Display for Footprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.trim_end())
+    }
+}
+
+/// How many pages were pinned since the machine was booted, those that were let go among them.
+pub fn pages_ever_pinned(bench: &mut Bench) -> Result<u64, ScenarioError> {
+    let script = "cat /proc/sys/vm/stat_refresh
+                  awk '/^nr_foll_pin_acquired/ { print $2 }' /proc/vmstat";
+    let text = bench.shell(script)?;
+    let number = text.trim().parse();
+    number.map_err(|_| ScenarioError::unexpected(format!("no number: {text}")))
+}

@@ -1,0 +1,264 @@
+//! One run of `throughway p2p`, and whether QEMU's IOMMU saw the same.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::channel::Status;
+use crate::dmar::DmarFault;
+use crate::scenario::{Bench, ScenarioError, ensure};
+
+const PAGE: u64 = 0x1000;
+/// The RAM of a run, in pages, unless it is told otherwise.
+pub const RAM_PAGES: u64 = (64 << 20) / PAGE;
+
+/// The arguments of a run.
+pub fn p2p<'a>(options: &[&'a str], functions: &[&'a str]) -> Vec<&'a str> {
+    [&["throughway", "p2p"], options, functions].concat()
+}
+
+/// What `throughway p2p --json` told.
+#[derive(Debug)]
+pub struct P2pRun {
+    /// How it ended.
+    pub status: Status,
+    /// Its own verdict.
+    pub ok: bool,
+    /// Who reaches whom.
+    pub pairs: Vec<Pair>,
+    /// What was tried at addresses that are not mapped.
+    pub controls: Vec<Control>,
+}
+
+/// One function and one BAR of another.
+#[derive(Debug)]
+pub struct Pair {
+    pub from: String,
+    pub to: String,
+    pub bar: u64,
+    pub reach: String,
+    pub reason: Option<String>,
+    pub counts: bool,
+    pub exercised: Option<String>,
+}
+
+/// One access to an address that is not mapped.
+#[derive(Debug, Clone)]
+pub struct Control {
+    pub from: String,
+    pub iova: u64,
+    pub what: String,
+    pub observed: String,
+}
+
+impl P2pRun {
+    /// Runs it with `--json` and `options`; the bench's faults are this run's afterwards.
+    pub fn with(
+        bench: &mut Bench,
+        options: &[&str],
+        functions: &[&str],
+    ) -> Result<Self, ScenarioError> {
+        bench.forget_faults()?;
+        let options = [&["--json"], options].concat();
+        let (status, report) = bench.run_json(&p2p(&options, functions))?;
+        Self::read(status, &report).ok_or_else(|| {
+            ScenarioError::unexpected(format!("the report has other fields: {report:#}"))
+        })
+    }
+
+    /// Runs it with `--exercise`, and sees that it calls itself ok and ends with status 0.
+    pub fn exercise(bench: &mut Bench, functions: &[&str]) -> Result<Self, ScenarioError> {
+        let run = Self::with(bench, &["--exercise"], functions)?;
+        ensure(run.ok && run.status.success(), || {
+            format!("ended with {}: {run:#?}", run.status)
+        })?;
+        Ok(run)
+    }
+
+    fn read(status: Status, report: &Value) -> Option<Self> {
+        let list = |name| report.get(name).and_then(Value::as_array);
+        Some(Self {
+            status,
+            ok: report.get("ok")?.as_bool()?,
+            pairs: list("pairs")?
+                .iter()
+                .map(Pair::read)
+                .collect::<Option<_>>()?,
+            controls: list("controls")?
+                .iter()
+                .map(Control::read)
+                .collect::<Option<_>>()?,
+        })
+    }
+
+    /// The one pair of these.
+    pub fn pair(&self, from: &str, to: &str, bar: u64) -> Result<&Pair, ScenarioError> {
+        let is_it = |pair: &&Pair| pair.from == from && pair.to == to && pair.bar == bar;
+        let mut found = self.pairs.iter().filter(is_it);
+        match (found.next(), found.next()) {
+            (Some(pair), None) => Ok(pair),
+            _ => Err(ScenarioError::unexpected(format!(
+                "not exactly one pair {from} → {to} BAR{bar}: {:#?}",
+                self.pairs
+            ))),
+        }
+    }
+
+    /// That data went from one function into the other's BAR and back.
+    pub fn ensure_exercised(&self, from: &str, to: &str, bar: u64) -> Result<(), ScenarioError> {
+        let pair = self.pair(from, to, bar)?;
+        let well = pair.reach == "mapped" && pair.exercised.as_deref() == Some("ok");
+        ensure(well && pair.reason.is_none(), || format!("{pair:?}"))
+    }
+
+    /// The controls of a function that are of this kind, of which there must be some, all blocked.
+    pub fn blocked(&self, from: &str, what: &str) -> Result<Vec<&Control>, ScenarioError> {
+        let is_it = |control: &&Control| control.from == from && control.what == what;
+        let found: Vec<&Control> = self.controls.iter().filter(is_it).collect();
+        let all = found.iter().all(|control| control.observed == "blocked");
+        ensure(all && !found.is_empty(), || {
+            format!(
+                "{from}, {what}: not blocked, or not tried: {:#?}",
+                self.controls
+            )
+        })?;
+        Ok(found)
+    }
+
+    /// That QEMU's IOMMU blocked just what the controls tried, and nothing else: so no address
+    /// faulted while it was mapped.
+    pub fn ensure_witnessed(&self, faults: &[DmarFault]) -> Result<(), ScenarioError> {
+        ensure(!self.controls.is_empty(), || "no controls".into())?;
+        explained(&self.controls, faults).map_err(ScenarioError::Unexpected)
+    }
+}
+
+impl Pair {
+    fn read(value: &Value) -> Option<Self> {
+        let text = |name| Some(value.get(name)?.as_str()?.to_owned());
+        Some(Self {
+            from: text("from")?,
+            to: text("to")?,
+            bar: value.get("bar")?.as_u64()?,
+            reach: text("reach")?,
+            reason: text("reason"),
+            counts: value.get("counts")?.as_bool()?,
+            exercised: text("exercised"),
+        })
+    }
+}
+
+impl Control {
+    fn read(value: &Value) -> Option<Self> {
+        let text = |name| Some(value.get(name)?.as_str()?.to_owned());
+        Some(Self {
+            from: text("from")?,
+            iova: value.get("iova")?.as_u64()?,
+            what: text("what")?,
+            observed: text("observed")?,
+        })
+    }
+}
+
+/// Whether the controls, each a write of one page, are exactly what was blocked.
+///
+/// A transfer may be blocked in pieces of any one size, so what counts is that they make up the
+/// page, and that each was blocked as often as controls were tried there.
+fn explained(controls: &[Control], faults: &[DmarFault]) -> Result<(), String> {
+    let mut tried: BTreeMap<(String, u64), usize> = BTreeMap::new();
+    for control in controls {
+        let times = tried.entry((control.from.clone(), control.iova));
+        let times = times.or_default();
+        *times = times.saturating_add(1);
+    }
+    // By page, how often each address in it was blocked.
+    let mut blocked: BTreeMap<(String, u64), BTreeMap<u64, usize>> = BTreeMap::new();
+    for fault in faults {
+        if !fault.write {
+            return Err(format!("a read was blocked: {fault}"));
+        }
+        let page = (fault.device.to_string(), fault.iova & !(PAGE - 1));
+        let times = blocked.entry(page).or_default().entry(fault.iova);
+        let times = times.or_default();
+        *times = times.saturating_add(1);
+    }
+    for (device, page) in tried.keys() {
+        if !blocked.contains_key(&(device.clone(), *page)) {
+            return Err(format!("{device} was not blocked at {page:#x}"));
+        }
+    }
+    for ((device, page), pieces) in &blocked {
+        let expected = tried.get(&(device.clone(), *page)).copied().unwrap_or(0);
+        if let Some((iova, times)) = pieces.iter().find(|(_, times)| **times != expected) {
+            return Err(format!(
+                "{device} was blocked {times} times at {iova:#x}, where {expected} controls were \
+                 tried"
+            ));
+        }
+        let ends = pieces.keys().skip(1).copied();
+        let ends = ends.chain([page.saturating_add(PAGE)]);
+        let mut sizes = pieces
+            .keys()
+            .zip(ends)
+            .map(|(start, end)| end.saturating_sub(*start));
+        let first = sizes.next();
+        if !pieces.contains_key(page) || sizes.any(|size| Some(size) != first) {
+            return Err(format!(
+                "{device} was blocked in a part of the page at {page:#x} only"
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dmar::RequesterId;
+
+    fn control(iova: u64) -> Control {
+        Control {
+            from: "0000:00:05.0".into(),
+            iova,
+            what: String::new(),
+            observed: "blocked".into(),
+        }
+    }
+
+    fn fault(iova: u64) -> DmarFault {
+        DmarFault {
+            device: RequesterId::new(0, 5, 0).unwrap(),
+            iova,
+            write: true,
+            reason: 5,
+        }
+    }
+
+    #[test]
+    fn faults_in_pieces_explain_controls() {
+        let controls = [control(0x4000), control(0x8000), control(0x8000)];
+        let pieces = [0x4000, 0x4800, 0x8000, 0x8000];
+        explained(&controls, &pieces.map(fault)).unwrap();
+    }
+
+    #[test]
+    fn a_witness_that_saw_something_else_is_no_witness() {
+        let controls = [control(0x4000)];
+        let mut of_another_device = fault(0x4000);
+        of_another_device.device = RequesterId::new(0, 6, 0).unwrap();
+        let mut read = fault(0x4000);
+        read.write = false;
+        for faults in [
+            vec![],
+            vec![fault(0x4800)],
+            vec![fault(0x4000), fault(0x4400), fault(0x4800)],
+            vec![fault(0x4000), fault(0x4000)],
+            vec![fault(0x4000), fault(0x9000)],
+            vec![of_another_device],
+            vec![fault(0x4000), of_another_device],
+            vec![fault(0x4000), read],
+        ] {
+            assert!(explained(&controls, &faults).is_err(), "{faults:?}");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! What a map knows, and how those who change it keep out of each other's way.
+//!
+//! ```text
+//!   turns    held by whoever changes the map, through a commit. A host's commit gives it up
+//!     |      while a target makes a mapping, and takes its place in the queue again.
+//!     v
+//!   state    held for short steps: never while a target, a backing, a watcher, a subscriber or
+//!     |      a cut-off handle is called, and never while something of theirs is dropped
+//!     v
+//!   target   held while the target is called
+//! ```
+//!
+//! A mapping that is being made without a turn is *in flight*. Nobody plans for addresses in
+//! which something is in flight, and nobody changes a region that belongs to an unfinished
+//! host's commit (it is *busy*): they wait.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use smallvec::SmallVec;
+
+use crate::addresses::KeptAddress;
+use crate::layout::Layout;
+use crate::ledger::Ledger;
+use crate::plan::whole_pages;
+use crate::subscription::Subscribers;
+use crate::sync::{Condvar, Mutex};
+use crate::translation::Viewer;
+use crate::turn::Turns;
+use crate::{
+    BackingId, ConsumerKind, DmaTarget, Quarantine, Reason, RegionId, TargetId, TargetLimits,
+    TargetName, TargetOptions,
+};
+
+/// How a target is called: by one at a time.
+pub(crate) type Driver = Arc<Mutex<Box<dyn DmaTarget>>>;
+
+/// A consumer and what is known of it.
+pub(crate) struct Target {
+    pub(crate) options: TargetOptions,
+    pub(crate) limits: TargetLimits,
+    pub(crate) kind: ConsumerKind,
+    pub(crate) driver: Driver,
+    pub(crate) ledger: Ledger,
+    pub(crate) quarantined: Option<Quarantine>,
+    /// Its registration has not succeeded yet.
+    pub(crate) joining: bool,
+    /// What is being mapped at this moment without a turn, inclusive; one for each host's commit
+    /// that is at it.
+    pub(crate) in_flight: SmallVec<[(u64, u64); 1]>,
+}
+
+impl Target {
+    pub(crate) fn viewer(&self) -> Viewer<'_> {
+        Viewer {
+            limits: &self.limits,
+            filter: &self.options.filter,
+            sharing: self.kind == ConsumerKind::Sharing,
+        }
+    }
+}
+
+/// What the state's lock guards.
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) layout: Layout,
+    pub(crate) targets: BTreeMap<TargetId, Target>,
+    /// Regions that unfinished host's commits touch.
+    pub(crate) busy: Vec<RegionId>,
+    /// Advances with every commit and with every mapping that is made without a turn, so that a
+    /// commit that gave its turn up sees whether it was alone.
+    pub(crate) steps: u64,
+    pub(crate) addresses: HashMap<BackingId, KeptAddress>,
+    pub(crate) subscribers: Subscribers,
+}
+
+/// The map behind all its handles.
+#[derive(Default)]
+pub(crate) struct Inner {
+    pub(crate) turns: Turns,
+    pub(crate) state: Mutex<State>,
+    /// Notified when something is no longer in flight or busy.
+    pub(crate) settled: Condvar,
+    ids: AtomicU64,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.state.lock();
+        f.debug_struct("RegionManager")
+            .field("regions", &state.layout.regions.len())
+            .field("targets", &state.targets.len())
+            .finish()
+    }
+}
+
+impl State {
+    /// Counts a step, and tells the count.
+    pub(crate) fn step(&mut self) -> u64 {
+        self.steps = self.steps.wrapping_add(1);
+        self.steps
+    }
+
+    /// Whether something is being mapped in the dirty ranges.
+    pub(crate) fn is_in_flight(&self, dirty: &[(u64, u64)]) -> bool {
+        self.targets.values().any(|target| {
+            target.in_flight.iter().any(|&(start, last)| {
+                whole_pages(dirty, target.limits.page_size)
+                    .iter()
+                    .any(|range| range.0 <= last && start <= range.1)
+            })
+        })
+    }
+
+    /// IOMMUs first, then memory slots, then those that RAM is shared with; each by age.
+    pub(crate) fn targets_in_order(&self) -> Vec<TargetId> {
+        let mut targets: Vec<(ConsumerKind, TargetId)> = self
+            .targets
+            .iter()
+            .map(|(&id, target)| (target.kind, id))
+            .collect();
+        targets.sort_unstable();
+        targets.into_iter().map(|(_, id)| id).collect()
+    }
+}
+
+impl Inner {
+    pub(crate) fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// How to call a target that may be called.
+    pub(crate) fn driver(&self, id: TargetId) -> Option<Driver> {
+        let state = self.state.lock();
+        let target = state.targets.get(&id)?;
+        let free = target.quarantined.is_none();
+        free.then(|| target.driver.clone())
+    }
+
+    pub(crate) fn with_target<T>(
+        &self,
+        id: TargetId,
+        act: impl FnOnce(&mut Target) -> T,
+    ) -> Option<T> {
+        self.state.lock().targets.get_mut(&id).map(act)
+    }
+
+    pub(crate) fn with_ledger<T>(
+        &self,
+        id: TargetId,
+        act: impl FnOnce(&mut Ledger) -> T,
+    ) -> Option<T> {
+        self.with_target(id, |target| act(&mut target.ledger))
+    }
+
+    pub(crate) fn target_name(&self, id: TargetId) -> TargetName {
+        self.with_target(id, |target| target.options.name.clone())
+            .unwrap_or_else(|| "a target that left".into())
+    }
+
+    /// Why a target has no room for another mapping, if so.
+    pub(crate) fn full(&self, id: TargetId) -> Option<Reason> {
+        self.with_target(id, |target| {
+            let limit = target.limits.entry_limit?;
+            let held = u64::try_from(target.ledger.entries.len()).unwrap_or(u64::MAX);
+            (held >= limit).then_some(Reason::EntryLimit { limit })
+        })
+        .flatten()
+    }
+}
