@@ -16,9 +16,10 @@ pub(crate) struct KeptAddress {
 impl Inner {
     /// The host address of a backing, made now if there is none yet. Whoever calls this has the
     /// turn, so no backing is mapped twice at a time.
-    pub(crate) fn host_address(&self, backing: &Backing) -> Result<HostAddress, Errno> {
+    /// Also tells whether it was made now.
+    pub(crate) fn host_address(&self, backing: &Backing) -> Result<(HostAddress, bool), Errno> {
         if let Some(kept) = self.state.lock().addresses.get(&backing.id()) {
-            return Ok(kept.host.clone());
+            return Ok((kept.host.clone(), false));
         }
         let host = backing.map_host()?;
         let kept = KeptAddress {
@@ -26,28 +27,42 @@ impl Inner {
             host: host.clone(),
         };
         self.state.lock().addresses.insert(backing.id(), kept);
-        Ok(host)
+        Ok((host, true))
     }
 
-    /// Gives up the addresses of those backings that no region has any more.
-    pub(crate) fn release_addresses(&self, backings: &[BackingId]) {
+    /// Takes out the addresses of those backings that no region has any more. The caller drops
+    /// them without a lock: giving an address up calls the embedder and the kernel.
+    #[must_use]
+    pub(crate) fn unused_addresses(&self, backings: &[BackingId]) -> Vec<KeptAddress> {
         if backings.is_empty() {
-            return;
+            return Vec::new();
         }
-        let mut released = Vec::new();
         let mut state = self.state.lock();
-        for &backing in backings {
-            if !state.layout.uses(backing) {
-                released.extend(state.addresses.remove(&backing));
-            }
-        }
-        // Giving an address up calls the embedder and the kernel: not under the lock.
-        drop(state);
-        drop(released);
+        let state = &mut *state;
+        let unused = backings.iter().filter(|id| !state.layout.uses(**id));
+        unused.filter_map(|id| state.addresses.remove(id)).collect()
     }
 
-    /// Gives up the addresses that no registered target needs any more.
-    pub(crate) fn release_unneeded_addresses(&self) {
+    /// Takes out the addresses of those backings from which nothing is mapped.
+    #[must_use]
+    pub(crate) fn unmapped_addresses(&self, backings: &[BackingId]) -> Vec<KeptAddress> {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        let mapped = |id: &BackingId| {
+            state.targets.values().any(|target| {
+                let mut entries = target.ledger.entries.values();
+                entries.any(|entry| entry.backing.id() == *id)
+            })
+        };
+        let unmapped = backings.iter().filter(|id| !mapped(id));
+        unmapped
+            .filter_map(|id| state.addresses.remove(id))
+            .collect()
+    }
+
+    /// Takes out the addresses that no registered target needs any more.
+    #[must_use]
+    pub(crate) fn unneeded_addresses(&self) -> Vec<KeptAddress> {
         let state = self.state.lock();
         let backings: Vec<Backing> = state
             .addresses
@@ -61,11 +76,11 @@ impl Inner {
                 .iter()
                 .any(|driver| driver.lock().needs_host_address(backing))
         };
-        for backing in backings {
-            if !needed(&backing) {
-                let released = self.state.lock().addresses.remove(&backing.id());
-                drop(released);
-            }
-        }
+        let unneeded: Vec<Backing> = backings.into_iter().filter(|b| !needed(b)).collect();
+        let mut state = self.state.lock();
+        unneeded
+            .iter()
+            .filter_map(|backing| state.addresses.remove(&backing.id()))
+            .collect()
     }
 }

@@ -249,6 +249,14 @@ pub enum InvalidChange {
         /// Offset in the backing.
         backing_offset: u64,
     },
+    /// RAM must start on a page, or none of it could be mapped.
+    #[error("{region} cannot lie at {at}: RAM starts on multiples of {granule:#x}", granule = crate::GRANULE)]
+    MisalignedRam {
+        /// Which region.
+        region: RegionName,
+        /// Where it was to start.
+        at: Gpa,
+    },
     /// A sub-mapping reaches past its region's end.
     #[error(
         "a sub-mapping of {size:#x} bytes at {offset:#x} reaches past the end of {region}, which \

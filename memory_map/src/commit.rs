@@ -11,8 +11,9 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::addresses::KeptAddress;
 use crate::change::Operation;
-use crate::layout::Applied;
+use crate::layout::{self, Applied};
 use crate::ledger::{Entry, Failure};
 use crate::plan::{NewMapping, Plan, Unmap, plan, whole_pages};
 use crate::state::{Driver, Inner, State, Target};
@@ -21,9 +22,9 @@ use crate::sync::MutexGuard;
 use crate::translation::iova;
 use crate::turn::Turn;
 use crate::{
-    Action, Backing, ChangeError, CutOff, InvalidChange, IovaRange, MapRequest, MappingChange,
-    Progress, Quarantine, Reason, RegionId, RegionKind, Report, TargetError, TargetId, TargetName,
-    TargetOptions,
+    Action, Backing, BackingId, ChangeError, CutOff, InvalidChange, IovaRange, MapRequest,
+    MappingChange, Progress, Quarantine, Reason, RegionId, RegionKind, Report, TargetError,
+    TargetId, TargetName, TargetOptions,
 };
 
 /// How often a mapping is tried that is revoked while it is being made.
@@ -55,6 +56,30 @@ enum Called {
     Refused(Reason),
     /// May be there.
     Unknown(MapRequest, Quarantine),
+}
+
+/// Regions that belong to an unfinished host's commit, until this is dropped.
+struct Busy<'a> {
+    inner: &'a Inner,
+    regions: &'a [RegionId],
+}
+
+impl<'a> Busy<'a> {
+    /// A guest's commit keeps its turn, so nobody can come near its regions.
+    fn new(inner: &'a Inner, class: Class, regions: &'a [RegionId]) -> Option<Self> {
+        (class == Class::Host).then_some(Self { inner, regions })
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        let mut state = self.inner.state.lock();
+        for region in self.regions {
+            state.busy.remove(region);
+        }
+        drop(state);
+        self.inner.settled.notify_all();
+    }
 }
 
 /// A mapping is being made without a turn, until this is dropped.
@@ -106,6 +131,8 @@ fn call_map(driver: &Driver, request: MapRequest) -> Called {
                 }
             }
             Err(TargetError::Refused(reason)) => return Called::Refused(reason),
+            // Trying again helps only if the revocation is known to be over.
+            Err(TargetError::Revoked) if request.backing.epoch() == epoch => break,
             Err(TargetError::Revoked) => {}
             Err(error @ TargetError::Unknown(errno)) => {
                 // If it can be taken down, it was there and now is not.
@@ -141,10 +168,23 @@ pub(crate) struct Commit<'a, 'w> {
     journal: Vec<Done>,
     /// Failures of earlier commits in the dirty ranges, which are tried again.
     forgotten: Vec<(TargetId, Vec<(u64, Failure)>)>,
+    /// Backings that got a host address.
+    made: Vec<BackingId>,
     /// What this commit could not map.
     failed: Vec<(TargetId, u64, u64)>,
     pub(crate) report: Report,
     pub(crate) cut_offs: Vec<PendingCutOff>,
+    pub(crate) leftovers: Leftovers,
+}
+
+/// What has left the map. It may hold the last of an embedder's objects, so it is dropped when
+/// no lock is held and the turn is over.
+#[derive(Default)]
+pub(crate) struct Leftovers {
+    entries: Vec<Entry>,
+    addresses: Vec<KeptAddress>,
+    layout: Vec<layout::Leftovers>,
+    targets: Vec<Target>,
 }
 
 impl<'a, 'w> Commit<'a, 'w> {
@@ -166,7 +206,9 @@ impl<'a, 'w> Commit<'a, 'w> {
             progress: Progress { done: 0, total: 0 },
             journal: Vec::new(),
             forgotten: Vec::new(),
+            made: Vec::new(),
             failed: Vec::new(),
+            leftovers: Leftovers::default(),
             report: Report::default(),
             cut_offs: Vec::new(),
         }
@@ -327,6 +369,7 @@ impl<'a, 'w> Commit<'a, 'w> {
     /// target can go on.
     fn unmap(&mut self, id: TargetId, unmap: Unmap) -> Result<bool, ChangeError> {
         let range = iova(unmap.start, unmap.last);
+        let bisects = unmap.bisects();
         let Some(driver) = self.inner.driver(id) else {
             return Ok(false);
         };
@@ -344,7 +387,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             .unwrap_or_default();
         self.report_unmapped(id, &gone);
         self.journal.push(Done::Unmapped(id, gone));
-        if !unmap.again.is_empty() {
+        if bisects {
             self.report.bisected = self.report.bisected.saturating_add(1);
         }
         // A plan that has not been carried out on the way down would be wrong after somebody
@@ -396,16 +439,19 @@ impl<'a, 'w> Commit<'a, 'w> {
         new: NewMapping,
         yielding: bool,
     ) -> Result<Option<Reason>, ChangeError> {
-        let Some(driver) = self.inner.driver(id) else {
-            return Ok(Some(Reason::Quarantined));
+        let driver = match self.inner.driver_to_map(id) {
+            Ok(driver) => driver,
+            Err(reason) => return Ok(Some(reason)),
         };
-        if let Some(reason) = self.inner.full(id) {
-            return Ok(Some(reason));
-        }
         let needs_host = driver.lock().needs_host_address(&new.backing);
         let host = if needs_host {
             match self.inner.host_address(&new.backing) {
-                Ok(host) => Some(host),
+                Ok((host, made)) => {
+                    if made {
+                        self.made.push(new.backing.id());
+                    }
+                    Some(host)
+                }
                 Err(errno) => return Ok(Some(Reason::NoHostAddress(errno))),
             }
         } else {
@@ -466,10 +512,19 @@ impl<'a, 'w> Commit<'a, 'w> {
             epoch,
             _host: request.host,
         };
-        let replaced = self
-            .inner
-            .with_ledger(id, |ledger| ledger.entries.insert(start, entry));
-        drop(replaced);
+        let mut entry = Some(entry);
+        self.inner.with_target(id, |target| {
+            // Quarantined at once, so that nobody takes it for a mapping like any other.
+            if target.quarantined.is_none() {
+                target.quarantined.clone_from(&why);
+            }
+            if let Some(entry) = entry.take() {
+                target.ledger.entries.insert(start, entry);
+            }
+        });
+        // Nobody unregisters a target while something is in flight to it; if it were gone all
+        // the same, the pages would have to stay.
+        entry.into_iter().for_each(std::mem::forget);
         (why.as_ref().map(|_| Reason::Quarantined), why)
     }
 
@@ -553,6 +608,8 @@ impl<'a, 'w> Commit<'a, 'w> {
             drop(state);
             let _recorded = self.run(targets, &dirty);
         }
+        let unmapped = self.inner.unmapped_addresses(&self.made);
+        self.leftovers.addresses.extend(unmapped);
         match self.report.ram_missing.first().cloned() {
             Some((id, range, reason)) => ChangeError::UndoLostRam {
                 cause: Box::new(cause),
@@ -572,9 +629,20 @@ impl<'a, 'w> Commit<'a, 'w> {
                 }
             });
         }
-        for done in journal.into_iter().rev() {
+        let mut steps = journal.into_iter().rev().peekable();
+        while let Some(done) = steps.next() {
             match done {
-                Done::Mapped(id, at) => self.undo_map(id, at),
+                Done::Mapped(id, last_at) => {
+                    let mut run = vec![last_at];
+                    while let Some(Done::Mapped(_, at)) = steps.next_if(|before| {
+                        matches!(before, Done::Mapped(same, at) if *same == id
+                            && run.last().is_some_and(|after| self.joins(id, *at, *after)))
+                    }) {
+                        run.push(at);
+                    }
+                    run.reverse();
+                    self.undo_maps(id, run);
+                }
                 Done::Unmapped(id, entries) => {
                     for (at, entry) in entries {
                         self.undo_unmap(id, at, entry);
@@ -584,21 +652,38 @@ impl<'a, 'w> Commit<'a, 'w> {
         }
     }
 
-    fn undo_map(&mut self, id: TargetId, at: u64) {
-        let last = self
-            .inner
-            .with_ledger(id, |ledger| ledger.entries.get(&at).map(|entry| entry.last));
-        let Some(last) = last.flatten() else { return };
+    /// Whether one unmap may take down the mappings at `at` and at `after`, which follows it.
+    fn joins(&self, id: TargetId, at: u64, after: u64) -> bool {
+        let joins = self.inner.with_target(id, |target| {
+            let entry = target.ledger.entries.get(&at);
+            target.limits.unmap_spans
+                && entry.is_some_and(|entry| entry.last.checked_add(1) == Some(after))
+        });
+        joins == Some(true)
+    }
+
+    /// Takes down mappings that were made, which lie side by side.
+    fn undo_maps(&mut self, id: TargetId, run: Vec<u64>) {
+        let range = self.inner.with_ledger(id, |ledger| {
+            let (first, last) = (run.first()?, run.last()?);
+            Some((*first, ledger.entries.get(last)?.last))
+        });
+        let Some((start, last)) = range.flatten() else {
+            return;
+        };
         let Some(driver) = self.inner.driver(id) else {
             return;
         };
-        let range = iova(at, last);
+        let range = iova(start, last);
         let outcome = driver.lock().unmap(range);
         match outcome {
-            Ok(()) => drop(
-                self.inner
-                    .with_ledger(id, |ledger| ledger.entries.remove(&at)),
-            ),
+            Ok(()) => {
+                let gone = self.inner.with_ledger(id, |ledger| {
+                    let remove = |at| ledger.entries.remove(&at);
+                    run.into_iter().filter_map(remove).collect::<Vec<_>>()
+                });
+                self.leftovers.entries.extend(gone.unwrap_or_default());
+            }
             Err(error) => {
                 self.note_quarantine(id, &Quarantine::Unmap { range, error });
             }
@@ -623,26 +708,32 @@ impl<'a, 'w> Commit<'a, 'w> {
     /// more; what cannot be taken down stays alive for ever.
     pub(crate) fn tear_down(&mut self, id: TargetId, mut target: Target) {
         let spans = target.limits.unmap_spans && target.quarantined.is_none();
-        let mut left = std::mem::take(&mut target.ledger.entries)
-            .into_iter()
-            .peekable();
-        while let Some((at, entry)) = left.next() {
-            let mut last = entry.last;
-            let mut run = vec![(at, entry)];
-            while let Some(next) =
-                left.next_if(|(next, _)| spans && last.checked_add(1) == Some(*next))
-            {
-                last = next.1.last;
-                run.push(next);
+        let mut next = Some(0);
+        while let Some(from) = next {
+            let mut run: Vec<u64> = Vec::new();
+            let mut end = None;
+            for (&at, entry) in target.ledger.entries.range(from..) {
+                let goes_on = spans && end == Some(at);
+                if !(run.is_empty() || goes_on) {
+                    break;
+                }
+                run.push(at);
+                end = entry.last.checked_add(1);
             }
-            let range = iova(at, last);
+            let Some(&start) = run.first() else { break };
+            let range = iova(start, end.map_or(u64::MAX, |end| end.wrapping_sub(1)));
+            next = end;
+            // What is still in the ledger is never dropped, whatever happens in this call.
             let outcome = target.driver.lock().unmap(range);
             match outcome {
-                Ok(()) => self.report_unmapped(id, &run),
+                Ok(()) => {
+                    let remove = |at| Some((at, target.ledger.entries.remove(&at)?));
+                    let gone: Vec<_> = run.into_iter().filter_map(remove).collect();
+                    self.report_unmapped(id, &gone);
+                    let entries = gone.into_iter().map(|(_, entry)| entry);
+                    self.leftovers.entries.extend(entries);
+                }
                 Err(error) => {
-                    // A device may still reach these: their memory must never be used for
-                    // anything else.
-                    run.into_iter().for_each(std::mem::forget);
                     let why = Quarantine::Unmap { range, error };
                     if target.quarantined.is_none() {
                         self.cut_off(&target.options, &why);
@@ -652,6 +743,9 @@ impl<'a, 'w> Commit<'a, 'w> {
                 }
             }
         }
+        self.leftovers.targets.push(target);
+        let unneeded = self.inner.unneeded_addresses();
+        self.leftovers.addresses.extend(unneeded);
     }
 
     fn report_unmapped(&mut self, id: TargetId, gone: &[(u64, Entry)]) {
@@ -680,9 +774,12 @@ impl<'a, 'w> Commit<'a, 'w> {
             turn,
             report,
             cut_offs,
+            leftovers,
+            journal,
             ..
         } = self;
         drop(turn);
+        drop((journal, leftovers));
         for pending in cut_offs {
             pending.cut_off.cut_off(&pending.target, &pending.why);
         }
@@ -708,27 +805,27 @@ impl Inner {
             backings,
             revoked,
         } = applied;
+        let busy = Busy::new(self, class, &touched);
         let mut commit = Commit::new(self, turn, class, watch);
-        let outcome = commit.run(&targets, &dirty).map_err(|cause| {
-            let mut state = self.state.lock();
-            let leftovers = state.layout.revert(inverses);
-            // Others may have come and gone meanwhile.
-            let targets = state.targets_in_order();
-            drop(state);
-            drop(leftovers);
-            commit.undo(cause, &targets, &dirty, &revoked)
-        });
-        self.release_addresses(&backings);
-        let wakes = {
-            let mut state = self.state.lock();
-            if class == Class::Host {
-                state.busy.retain(|region| !touched.contains(region));
+        let outcome = match commit.run(&targets, &dirty) {
+            Ok(()) => {
+                commit.leftovers.layout.push(inverses.into());
+                Ok(())
             }
-            state.reach_changed_in(&touched, &dirty)
+            Err(cause) => {
+                let mut state = self.state.lock();
+                let leftovers = state.layout.revert(inverses);
+                // Others may have come and gone meanwhile.
+                let targets = state.targets_in_order();
+                drop(state);
+                commit.leftovers.layout.push(leftovers);
+                Err(commit.undo(cause, &targets, &dirty, &revoked))
+            }
         };
-        if class == Class::Host {
-            self.settled.notify_all();
-        }
+        let unused = self.unused_addresses(&backings);
+        commit.leftovers.addresses.extend(unused);
+        let wakes = self.state.lock().reach_changed_in(&touched, &dirty);
+        drop(busy);
         let report = commit.end(wakes);
         outcome.map(|()| report)
     }
@@ -753,10 +850,12 @@ impl Inner {
                 Ok(applied) => applied,
                 Err((invalid, leftovers)) => {
                     drop(state);
+                    drop(turn);
                     drop(leftovers);
                     return Err(invalid);
                 }
             };
+            // Taken back by whoever holds the guard that the caller makes next.
             if class == Class::Host {
                 state.busy.extend(touched);
             }

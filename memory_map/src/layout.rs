@@ -3,10 +3,14 @@
 //! Each operation says which addresses it may have changed and how to undo it; nothing here
 //! knows of consumers.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+
+use smallvec::{SmallVec, smallvec};
 
 use crate::change::Operation;
-use crate::view::{FlatView, Rank, Seen};
+use crate::view::{FlatView, Rank, Seen, overlapping};
 use crate::{
     Access, Backing, BackingId, DisabledBecause, GRANULE, Gpa, GpaRange, InvalidChange, Label,
     Priority, RegionId, RegionKind, RegionName, RegionSpec, SubMapping,
@@ -63,13 +67,7 @@ impl Region {
 
     /// The pages that overlap the offsets `start..=last`.
     pub(crate) fn pages_in(&self, start: u64, last: u64) -> impl Iterator<Item = (u64, &Pages)> {
-        let from = match self.pages.range(..=start).next_back() {
-            Some((&offset, pages)) if pages.last >= start => offset,
-            _ => start,
-        };
-        self.pages
-            .range(from..=last)
-            .map(|(&offset, pages)| (offset, pages))
+        overlapping(&self.pages, start, last, |pages| pages.last)
     }
 }
 
@@ -80,18 +78,21 @@ pub(crate) enum Inverse {
     Insert(RegionId, Box<Region>),
     Place(RegionId, Place, Option<DisabledBecause>),
     Access(RegionId, Access),
-    Pages(RegionId, (u64, u64), Vec<(u64, Pages)>),
+    Pages(RegionId, (u64, u64), SmallVec<[(u64, Pages); 1]>),
 }
+
+/// As many as one change of one region makes lie in place.
+pub(crate) type Inverses = SmallVec<[Inverse; 4]>;
 
 /// What a sequence of operations came to.
 #[derive(Debug, Default)]
 pub(crate) struct Applied {
     /// Addresses (inclusive) whose translation may have changed; in any order, may overlap.
-    pub(crate) dirty: Vec<(u64, u64)>,
+    pub(crate) dirty: SmallVec<[(u64, u64); 4]>,
     /// How to take it back, in the order it was done.
-    pub(crate) inverses: Vec<Inverse>,
+    pub(crate) inverses: Inverses,
     /// Backings that regions have gained or lost.
-    pub(crate) backings: Vec<BackingId>,
+    pub(crate) backings: SmallVec<[BackingId; 4]>,
     /// Backings whose epoch has advanced. That cannot be taken back.
     pub(crate) revoked: Vec<Backing>,
 }
@@ -103,12 +104,46 @@ pub(crate) struct Leftovers {
     inverses: Vec<Inverse>,
 }
 
+impl From<Inverses> for Leftovers {
+    fn from(inverses: Inverses) -> Self {
+        Self {
+            regions: Vec::new(),
+            inverses: inverses.into_vec(),
+        }
+    }
+}
+
+/// Spreads ids over a table. They are counted up by this crate, so nobody can choose them such
+/// that they collide, and a keyed hash would only cost.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        // The table looks at the lowest and at the highest bits.
+        self.0 ^ (self.0 >> 32)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(byte.into());
+        }
+    }
+
+    fn write_u64(&mut self, id: u64) {
+        // 2^64 over the golden ratio.
+        self.0 = (self.0 ^ id).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+pub(crate) type IdMap<K, V> = HashMap<K, V, BuildHasherDefault<IdHasher>>;
+
 #[derive(Debug, Default)]
 pub(crate) struct Layout {
-    pub(crate) regions: HashMap<RegionId, Region>,
+    pub(crate) regions: IdMap<RegionId, Region>,
     pub(crate) view: FlatView,
-    /// For each backing that some region has, how many of its pages' entries each region has.
-    users: HashMap<BackingId, BTreeMap<RegionId, usize>>,
+    /// How many of a region's pages are of a backing; never zero.
+    users: Users,
 }
 
 impl Layout {
@@ -154,7 +189,9 @@ impl Layout {
                 self.set_place(id, applied, |place, _| (place, Some(because)))?;
             }
             Operation::Move(id, to) => {
-                let size = self.region(id)?.size;
+                let region = self.region(id)?;
+                check_place(&region.name, region.kind, to)?;
+                let size = region.size;
                 let place = GpaRange::new(to, size).map_or(Place::Wraps(to), Place::At);
                 self.set_place(id, applied, |_, disabled| (place, disabled))?;
             }
@@ -169,12 +206,12 @@ impl Layout {
             Operation::SetSubMapping(id, ref sub) => {
                 let region = self.region(id)?;
                 let (start, pages) = checked_pages(&region.name, region.size, sub)?;
-                self.replace_pages(id, (start, pages.last), vec![(start, pages)], applied);
+                self.replace_pages(id, (start, pages.last), smallvec![(start, pages)], applied);
             }
             Operation::RemoveSubMapping(id, offset, size) => {
                 let region = self.region(id)?;
                 let span = checked_span(&region.name, region.size, offset, size)?;
-                self.replace_pages(id, span, Vec::new(), applied);
+                self.replace_pages(id, span, SmallVec::new(), applied);
             }
             Operation::Revoke(ref backing) => applied.revoked.push(backing.clone()),
         }
@@ -184,7 +221,7 @@ impl Layout {
     /// Takes operations back, the last one first. Returns what is left over, for the caller to
     /// drop without a lock: it may be the last of an embedder's object.
     #[must_use]
-    pub(crate) fn revert(&mut self, inverses: Vec<Inverse>) -> Leftovers {
+    pub(crate) fn revert(&mut self, inverses: Inverses) -> Leftovers {
         let mut leftovers = Leftovers::default();
         for inverse in inverses.into_iter().rev() {
             match inverse {
@@ -203,7 +240,7 @@ impl Layout {
                 Inverse::Pages(id, span, pages) => {
                     let mut applied = Applied::default();
                     self.replace_pages(id, span, pages, &mut applied);
-                    leftovers.inverses.append(&mut applied.inverses);
+                    leftovers.inverses.extend(applied.inverses);
                 }
             }
         }
@@ -229,28 +266,30 @@ impl Layout {
             .filter_map(|seen| Some((seen, self.regions.get(&seen.region)?)))
     }
 
+    /// The regions that have pages of a backing.
+    fn users_of(&self, backing: BackingId) -> impl Iterator<Item = RegionId> + '_ {
+        self.users
+            .range((backing, RegionId(0))..=(backing, RegionId(u64::MAX)))
+            .map(|(&(_, id), _)| id)
+    }
+
     /// Whether any region has pages of this backing.
     pub(crate) fn uses(&self, backing: BackingId) -> bool {
-        self.users.contains_key(&backing)
+        self.users_of(backing).next().is_some()
     }
 
     /// Adds to `dirty` every address at which pages of a backing are active.
-    pub(crate) fn mark_users(&self, backing: BackingId, dirty: &mut Vec<(u64, u64)>) {
-        let Some(users) = self.users.get(&backing) else {
-            return;
-        };
-        for id in users.keys() {
-            let Some(region) = self.regions.get(id) else {
+    pub(crate) fn mark_users(&self, backing: BackingId, dirty: &mut impl Extend<(u64, u64)>) {
+        for id in self.users_of(backing) {
+            let Some(region) = self.regions.get(&id) else {
                 continue;
             };
             let Some(range) = region.active() else {
                 continue;
             };
-            for (&offset, pages) in &region.pages {
-                if pages.backing.id() == backing {
-                    dirty.push(span_at(range, offset, pages.last));
-                }
-            }
+            let all = region.pages.iter();
+            let its = all.filter(|(_, pages)| pages.backing.id() == backing);
+            dirty.extend(its.map(|(&offset, pages)| span_at(range, offset, pages.last)));
         }
     }
 
@@ -319,13 +358,13 @@ impl Layout {
         &mut self,
         id: RegionId,
         span: (u64, u64),
-        new: Vec<(u64, Pages)>,
+        new: SmallVec<[(u64, Pages); 1]>,
         applied: &mut Applied,
     ) {
         let Some(region) = self.regions.get_mut(&id) else {
             return;
         };
-        let old: Vec<(u64, Pages)> = region
+        let old: SmallVec<[(u64, Pages); 1]> = region
             .pages_in(span.0, span.1)
             .map(|(offset, pages)| (offset, pages.clone()))
             .collect();
@@ -357,6 +396,18 @@ impl Layout {
             count_user(&mut self.users, pages.backing.id(), id);
             region.pages.insert(offset, pages);
         }
+        // What goes on in the same pages is one again: at the ends of the span, and where two of
+        // the new ones meet.
+        let seams: SmallVec<[u64; 4]> = region
+            .pages
+            .range(span.0..=span.1.saturating_add(1))
+            .map(|(&offset, _)| offset)
+            .collect();
+        for seam in seams {
+            if let Some(joined) = join_before(&mut region.pages, seam) {
+                discount_user(&mut self.users, joined, id);
+            }
+        }
         if let Some(range) = region.active() {
             applied.dirty.push(span_at(range, span.0, span.1));
         }
@@ -364,35 +415,43 @@ impl Layout {
     }
 }
 
+/// Joins the pages that start at `seam` to those before, if they go on in the same pages. Returns
+/// their backing if so.
+fn join_before(pages: &mut BTreeMap<u64, Pages>, seam: u64) -> Option<BackingId> {
+    let after = pages.get(&seam)?;
+    let (&offset, before) = pages.range(..seam).next_back()?;
+    let size = seam.wrapping_sub(offset);
+    let goes_on = before.last.checked_add(1) == Some(seam)
+        && before.backing == after.backing
+        && before.backing_offset.wrapping_add(size) == after.backing_offset;
+    if !goes_on {
+        return None;
+    }
+    let (last, backing) = (after.last, after.backing.id());
+    pages.remove(&seam);
+    if let Some((_, before)) = pages.range_mut(..seam).next_back() {
+        before.last = last;
+    }
+    Some(backing)
+}
+
 fn backings(region: &Region) -> impl Iterator<Item = BackingId> + '_ {
     region.pages.values().map(|pages| pages.backing.id())
 }
 
-fn count_user(
-    users: &mut HashMap<BackingId, BTreeMap<RegionId, usize>>,
-    backing: BackingId,
-    id: RegionId,
-) {
-    let count = users.entry(backing).or_default().entry(id).or_default();
+type Users = BTreeMap<(BackingId, RegionId), usize>;
+
+fn count_user(users: &mut Users, backing: BackingId, id: RegionId) {
+    let count = users.entry((backing, id)).or_default();
     *count = count.saturating_add(1);
 }
 
-fn discount_user(
-    users: &mut HashMap<BackingId, BTreeMap<RegionId, usize>>,
-    backing: BackingId,
-    id: RegionId,
-) {
-    let Some(regions) = users.get_mut(&backing) else {
-        return;
-    };
-    if let Some(count) = regions.get_mut(&id) {
-        *count = count.saturating_sub(1);
-        if *count == 0 {
-            regions.remove(&id);
+fn discount_user(users: &mut Users, backing: BackingId, id: RegionId) {
+    if let Entry::Occupied(mut count) = users.entry((backing, id)) {
+        match count.get().checked_sub(1) {
+            None | Some(0) => drop(count.remove()),
+            Some(left) => *count.get_mut() = left,
         }
-    }
-    if regions.is_empty() {
-        users.remove(&backing);
     }
 }
 
@@ -411,6 +470,7 @@ fn span_at(range: GpaRange, start: u64, last: u64) -> (u64, u64) {
 /// A region as it is added: disabled, with its pages checked.
 pub(crate) fn region_from(spec: RegionSpec) -> Result<Region, InvalidChange> {
     let size = spec.range.size();
+    check_place(&spec.name, spec.kind, spec.range.start())?;
     let mut pages: BTreeMap<u64, Pages> = BTreeMap::new();
     for sub in &spec.sub_mappings {
         let (start, new) = checked_pages(&spec.name, size, sub)?;
@@ -422,6 +482,10 @@ pub(crate) fn region_from(spec: RegionSpec) -> Result<Region, InvalidChange> {
             });
         }
         pages.insert(start, new);
+    }
+    let seams: Vec<u64> = pages.keys().copied().collect();
+    for seam in seams {
+        join_before(&mut pages, seam);
     }
     Ok(Region {
         name: spec.name,
@@ -435,6 +499,17 @@ pub(crate) fn region_from(spec: RegionSpec) -> Result<Region, InvalidChange> {
         label: spec.label,
         pages,
     })
+}
+
+/// RAM that does not start on a page could not be mapped at all.
+fn check_place(name: &RegionName, kind: RegionKind, at: Gpa) -> Result<(), InvalidChange> {
+    if kind == RegionKind::Ram && !at.is_aligned(GRANULE) {
+        return Err(InvalidChange::MisalignedRam {
+            region: name.clone(),
+            at,
+        });
+    }
+    Ok(())
 }
 
 /// The first and last offset of `size` bytes at `offset`, checked against the region.

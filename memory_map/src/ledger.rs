@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::view::overlapping;
 use crate::{Access, Backing, Epoch, HostAddress, Reason, RegionId, RegionKind};
 
 /// One mapping that a target holds; its first address is its key.
@@ -40,16 +41,20 @@ pub(crate) struct Ledger {
     failures: BTreeMap<u64, Failure>,
 }
 
+impl Drop for Ledger {
+    /// What is still entered may still be mapped, and its memory must never be used for anything
+    /// else.
+    fn drop(&mut self) {
+        std::mem::take(&mut self.entries)
+            .into_values()
+            .for_each(std::mem::forget);
+    }
+}
+
 impl Ledger {
     /// The entries that overlap `start..=last`, by address.
     pub(crate) fn entries_in(&self, start: u64, last: u64) -> impl Iterator<Item = (u64, &Entry)> {
-        let from = match self.entries.range(..=start).next_back() {
-            Some((&at, entry)) if entry.last >= start => at,
-            _ => start,
-        };
-        self.entries
-            .range(from..=last)
-            .map(|(&at, entry)| (at, entry))
+        overlapping(&self.entries, start, last, |entry| entry.last)
     }
 
     /// Notes that the target does not hold `start..=last` although it should.

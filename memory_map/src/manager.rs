@@ -140,7 +140,7 @@ impl RegionManager {
             .collect()
     }
 
-    /// What the guest sees at one address. The segment is what surrounds the address there.
+    /// What the guest sees at one address. The same region may go on before and after the segment.
     #[must_use]
     pub fn lookup(&self, gpa: Gpa) -> Option<ViewSegment> {
         let state = self.inner.state.lock();

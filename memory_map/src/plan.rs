@@ -1,5 +1,7 @@
 //! The difference between what a target holds and what it should, as calls to be made.
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::layout::Layout;
 use crate::ledger::{Entry, Ledger};
 use crate::translation::{Piece, Unmappable, Viewer, Wanted};
@@ -46,6 +48,22 @@ impl NewMapping {
         }
     }
 
+    /// Cuts it at multiples of `largest`, a power of two.
+    fn cut(self, largest: u64) -> impl Iterator<Item = Self> {
+        let mut next = Some(self.start);
+        std::iter::from_fn(move || {
+            let start = next.filter(|&start| start <= self.last)?;
+            let last = (start | largest.wrapping_sub(1)).min(self.last);
+            next = last.checked_add(1);
+            Some(Self {
+                start,
+                last,
+                offset: self.offset.wrapping_add(start.wrapping_sub(self.start)),
+                ..self.clone()
+            })
+        })
+    }
+
     /// Whether `next` goes on where this ends, in the address space and in the backing.
     fn goes_on_in(&self, next: &Self) -> bool {
         self.last.checked_add(1) == Some(next.start)
@@ -61,17 +79,28 @@ pub(crate) struct Unmap {
     pub(crate) start: u64,
     pub(crate) last: u64,
     /// The ledger entries it takes down, by their first address.
-    pub(crate) entries: Vec<u64>,
+    pub(crate) entries: SmallVec<[u64; 2]>,
     /// What is to be mapped again at once, because only a part of the entry had to go or only
     /// its access has changed. Lies within the entry; the hole is open for two calls.
     pub(crate) again: Vec<NewMapping>,
 }
 
+impl Unmap {
+    /// Whether only a part of a mapping had to go.
+    pub(crate) fn bisects(&self) -> bool {
+        match self.again.as_slice() {
+            [] => false,
+            [whole] => whole.start != self.start || whole.last != self.last,
+            _ => true,
+        }
+    }
+}
+
 /// The calls that bring one target up to date.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
-    pub(crate) down: Vec<Unmap>,
-    pub(crate) up: Vec<NewMapping>,
+    pub(crate) down: SmallVec<[Unmap; 1]>,
+    pub(crate) up: SmallVec<[NewMapping; 1]>,
     /// What is visible and cannot be mapped by the target's own limits.
     pub(crate) unmappable: Vec<Unmappable>,
 }
@@ -87,9 +116,9 @@ impl Plan {
 }
 
 /// Sorts dirty ranges, widens them to whole pages and joins those that touch.
-pub(crate) fn whole_pages(dirty: &[(u64, u64)], page: u64) -> Vec<(u64, u64)> {
+pub(crate) fn whole_pages(dirty: &[(u64, u64)], page: u64) -> SmallVec<[(u64, u64); 4]> {
     let mask = page.wrapping_sub(1);
-    let mut pages: Vec<(u64, u64)> = dirty
+    let mut pages: SmallVec<[(u64, u64); 4]> = dirty
         .iter()
         .map(|&(start, last)| (start & !mask, last | mask))
         .collect();
@@ -111,8 +140,8 @@ pub(crate) fn plan(
     ledger: &Ledger,
     dirty: &[(u64, u64)],
 ) -> Plan {
-    let mut wanted: Vec<Piece<'_>> = Vec::new();
     let mut unmappable = Vec::new();
+    let mut wanted: SmallVec<[Piece<'_>; 2]> = SmallVec::new();
     for &(start, last) in dirty {
         viewer.wanted(layout, start, last, &mut |want| match want {
             Wanted::Piece(piece) => wanted.push(piece),
@@ -120,9 +149,9 @@ pub(crate) fn plan(
         });
     }
 
-    let mut down: Vec<Unmap> = Vec::new();
+    let mut down: SmallVec<[Unmap; 1]> = SmallVec::new();
     // Addresses that need no new mapping: kept entries, and what is mapped again at once.
-    let mut settled: Vec<(u64, u64)> = Vec::new();
+    let mut settled: SmallVec<[(u64, u64); 4]> = SmallVec::new();
     let mut next_entry = Some(0);
     for &(start, last) in dirty {
         for (at, entry) in ledger.entries_in(start, last) {
@@ -135,7 +164,7 @@ pub(crate) fn plan(
                 settled.push((at, entry.last));
                 continue;
             }
-            let again = again(at, entry, dirty, &wanted);
+            let again = again(at, entry, dirty, &wanted, viewer.limits.largest_mapping);
             settled.extend(again.iter().map(|new| (new.start, new.last)));
             let joins = down.last().is_some_and(|previous| {
                 viewer.limits.unmap_spans
@@ -151,14 +180,15 @@ pub(crate) fn plan(
                 _ => down.push(Unmap {
                     start: at,
                     last: entry.last,
-                    entries: vec![at],
+                    entries: smallvec![at],
                     again,
                 }),
             }
         }
     }
 
-    let mut up = Vec::new();
+    let largest = viewer.limits.largest_mapping;
+    let mut up: SmallVec<[NewMapping; 1]> = SmallVec::new();
     let mut settled = settled.into_iter().peekable();
     for piece in &wanted {
         let mut next = Some(piece.start);
@@ -167,31 +197,26 @@ pub(crate) fn plan(
             match settled.peek() {
                 Some(&(from, to)) if from <= start => next = to.checked_add(1),
                 Some(&(from, _)) if from <= piece.last => {
-                    chunks(piece, start, from.wrapping_sub(1), viewer, &mut up);
+                    up.extend(
+                        NewMapping::of_piece(piece, start, from.wrapping_sub(1)).cut(largest),
+                    );
                     next = Some(from);
                 }
                 _ => {
-                    chunks(piece, start, piece.last, viewer, &mut up);
+                    up.extend(NewMapping::of_piece(piece, start, piece.last).cut(largest));
                     next = None;
                 }
             }
         }
     }
+    // Whole mappings go first, so that there is room for what remains of those that are cut; and
+    // RAM comes first, so that no BAR takes the last entry from it.
+    down.sort_by_key(|unmap| !unmap.again.is_empty());
+    up.sort_by_key(|new| new.kind == RegionKind::DeviceMemory);
     Plan {
         down,
         up,
         unmappable,
-    }
-}
-
-/// Cuts `start..=last` of a piece at multiples of the target's largest mapping.
-fn chunks(piece: &Piece<'_>, start: u64, last: u64, viewer: &Viewer<'_>, up: &mut Vec<NewMapping>) {
-    let mask = viewer.limits.largest_mapping.wrapping_sub(1);
-    let mut next = Some(start);
-    while let Some(from) = next.filter(|&from| from <= last) {
-        let to = (from | mask).min(last);
-        up.push(NewMapping::of_piece(piece, from, to));
-        next = to.checked_add(1);
     }
 }
 
@@ -233,7 +258,13 @@ fn is_wanted_whole(at: u64, entry: &Entry, dirty: &[(u64, u64)], wanted: &[Piece
 
 /// What is to be mapped again of an entry that has to go: the parts that are not dirty, and the
 /// dirty ones that show the same bytes.
-fn again(at: u64, entry: &Entry, dirty: &[(u64, u64)], wanted: &[Piece<'_>]) -> Vec<NewMapping> {
+fn again(
+    at: u64,
+    entry: &Entry,
+    dirty: &[(u64, u64)],
+    wanted: &[Piece<'_>],
+    largest: u64,
+) -> Vec<NewMapping> {
     let mut parts: Vec<NewMapping> = Vec::new();
     let mut add = |part: NewMapping| match parts.last_mut() {
         Some(previous) if previous.goes_on_in(&part) => previous.last = part.last,
@@ -255,6 +286,13 @@ fn again(at: u64, entry: &Entry, dirty: &[(u64, u64)], wanted: &[Piece<'_>]) -> 
     }
     if let Some(from) = next.filter(|&from| from <= entry.last) {
         add(NewMapping::of_entry(at, entry, from, entry.last));
+    }
+    // Already as small as it may be, unless the target's largest mapping has shrunk.
+    if parts.iter().any(|part| part.size() > largest) {
+        parts = parts
+            .into_iter()
+            .flat_map(|part| part.cut(largest))
+            .collect();
     }
     parts
 }

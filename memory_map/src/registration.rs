@@ -70,24 +70,21 @@ impl Inner {
         let turn = self.turns.take();
         self.state.lock().targets.insert(id, target);
         let mut commit = Commit::new(self, turn, Class::Host, watch);
-        let dirty = [EVERYTHING];
-        let outcome = commit
-            .run(&[id], &dirty)
-            .map_err(|cause| commit.undo(cause, &[id], &dirty, &[]));
+        let outcome = commit.run(&[id], &[EVERYTHING]);
         match outcome {
             Ok(()) => {
                 self.with_target(id, |target| target.joining = false);
             }
+            // There is nothing to go back to but an empty target.
             Err(_) => {
                 let target = self.state.lock().targets.remove(&id);
                 if let Some(target) = target {
                     commit.tear_down(id, target);
                 }
-                self.release_unneeded_addresses();
             }
         }
         let wakes = self.state.lock().all_reach_changed();
-        commit.end(wakes);
+        drop(commit.end(wakes));
         outcome.map(|()| TargetHandle {
             inner: self.clone(),
             id,
@@ -107,7 +104,6 @@ impl Inner {
         let mut watch = |_| ControlFlow::Continue(());
         let mut commit = Commit::new(self, turn, Class::Guest, &mut watch);
         commit.tear_down(id, target);
-        self.release_unneeded_addresses();
         let wakes = self.state.lock().all_reach_changed();
         commit.end(wakes)
     }

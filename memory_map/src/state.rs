@@ -14,7 +14,7 @@
 //! which something is in flight, and nobody changes a region that belongs to an unfinished
 //! host's commit (it is *busy*): they wait.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -68,7 +68,7 @@ pub(crate) struct State {
     pub(crate) layout: Layout,
     pub(crate) targets: BTreeMap<TargetId, Target>,
     /// Regions that unfinished host's commits touch.
-    pub(crate) busy: Vec<RegionId>,
+    pub(crate) busy: HashSet<RegionId>,
     /// Advances with every commit and with every mapping that is made without a turn, so that a
     /// commit that gave its turn up sees whether it was alone.
     pub(crate) steps: u64,
@@ -133,10 +133,27 @@ impl Inner {
 
     /// How to call a target that may be called.
     pub(crate) fn driver(&self, id: TargetId) -> Option<Driver> {
+        self.driver_with_room(id, false).ok()
+    }
+
+    /// How to call a target that may be called and has room for another mapping.
+    pub(crate) fn driver_to_map(&self, id: TargetId) -> Result<Driver, Reason> {
+        self.driver_with_room(id, true)
+    }
+
+    fn driver_with_room(&self, id: TargetId, room: bool) -> Result<Driver, Reason> {
         let state = self.state.lock();
-        let target = state.targets.get(&id)?;
-        let free = target.quarantined.is_none();
-        free.then(|| target.driver.clone())
+        let target = state.targets.get(&id).ok_or(Reason::Quarantined)?;
+        if target.quarantined.is_some() {
+            return Err(Reason::Quarantined);
+        }
+        if let Some(limit) = target.limits.entry_limit.filter(|_| room) {
+            let held = u64::try_from(target.ledger.entries.len()).unwrap_or(u64::MAX);
+            if held >= limit {
+                return Err(Reason::EntryLimit { limit });
+            }
+        }
+        Ok(target.driver.clone())
     }
 
     pub(crate) fn with_target<T>(
@@ -158,15 +175,5 @@ impl Inner {
     pub(crate) fn target_name(&self, id: TargetId) -> TargetName {
         self.with_target(id, |target| target.options.name.clone())
             .unwrap_or_else(|| "a target that left".into())
-    }
-
-    /// Why a target has no room for another mapping, if so.
-    pub(crate) fn full(&self, id: TargetId) -> Option<Reason> {
-        self.with_target(id, |target| {
-            let limit = target.limits.entry_limit?;
-            let held = u64::try_from(target.ledger.entries.len()).unwrap_or(u64::MAX);
-            (held >= limit).then_some(Reason::EntryLimit { limit })
-        })
-        .flatten()
     }
 }

@@ -92,63 +92,60 @@ impl Viewer<'_> {
         backing_offset: u64,
         each: &mut dyn FnMut(Wanted<'a>),
     ) {
-        let mut unmappable = |start, last, reason| {
-            each(Wanted::Unmappable(Unmappable {
+        let unmappable = |start, last, reason| {
+            Wanted::Unmappable(Unmappable {
                 start,
                 last,
                 region: id,
                 kind: region.kind,
                 reason,
-            }));
+            })
+        };
+        let piece = |from: u64, to| {
+            Wanted::Piece(Piece {
+                start: from,
+                last: to,
+                region: id,
+                kind: region.kind,
+                access: region.access,
+                backing: &pages.backing,
+                offset: backing_offset.wrapping_add(from.wrapping_sub(start)),
+            })
         };
         if let Some(reason) = self.refusal(region) {
-            return unmappable(start, last, reason);
+            return each(unmappable(start, last, reason));
         }
         let page = self.limits.page_size;
+        let mask = page.wrapping_sub(1);
         let whole = IovaRange::of(start, last);
-        let misfit = if whole.size() < page {
-            Reason::SmallerThanPage { page }
-        } else {
-            Reason::NotPageAligned { page }
+        let misfit = || {
+            if whole.size() < page {
+                Reason::SmallerThanPage { page }
+            } else {
+                Reason::NotPageAligned { page }
+            }
         };
-        if start.wrapping_sub(backing_offset) & page.wrapping_sub(1) != 0 {
-            return unmappable(start, last, misfit);
-        }
-        let Some(aligned) = whole.shrink_to(page) else {
-            return unmappable(start, last, misfit);
+        let aligned = whole.shrink_to(page);
+        let aligned = aligned.filter(|_| start.wrapping_sub(backing_offset) & mask == 0);
+        let Some(aligned) = aligned else {
+            return each(unmappable(start, last, misfit()));
         };
         let (first, end) = (aligned.start().raw(), aligned.last().raw());
         if start < first {
-            unmappable(start, first.wrapping_sub(1), misfit.clone());
+            each(unmappable(start, first.wrapping_sub(1), misfit()));
         }
-        for part in split_by_allowed(&self.limits.allowed, page, first, end) {
-            match part.refusal {
-                Some(reason) => each(Wanted::Unmappable(Unmappable {
-                    start: part.start,
-                    last: part.last,
-                    region: id,
-                    kind: region.kind,
-                    reason,
-                })),
-                None => each(Wanted::Piece(Piece {
-                    start: part.start,
-                    last: part.last,
-                    region: id,
-                    kind: region.kind,
-                    access: region.access,
-                    backing: &pages.backing,
-                    offset: backing_offset.wrapping_add(part.start.wrapping_sub(start)),
-                })),
+        if is_allowed(&self.limits.allowed, &aligned) {
+            each(piece(first, end));
+        } else {
+            for part in split_by_allowed(&self.limits.allowed, page, first, end) {
+                each(match part.refusal {
+                    Some(reason) => unmappable(part.start, part.last, reason),
+                    None => piece(part.start, part.last),
+                });
             }
         }
         if end < last {
-            each(Wanted::Unmappable(Unmappable {
-                start: end.wrapping_add(1),
-                last,
-                region: id,
-                kind: region.kind,
-                reason: misfit,
-            }));
+            each(unmappable(end.wrapping_add(1), last, misfit()));
         }
     }
 
@@ -174,6 +171,12 @@ struct Part {
     start: u64,
     last: u64,
     refusal: Option<Reason>,
+}
+
+/// Whether whole pages may be mapped just so, which they nearly always may.
+fn is_allowed(allowed: &[IovaRange], pages: &IovaRange) -> bool {
+    let from = allowed.partition_point(|range| range.last() < pages.start());
+    allowed.get(from).is_some_and(|range| range.covers(pages))
 }
 
 /// Cuts `start..=last` (whole pages) into what may be mapped and what may not. A page that a

@@ -7,6 +7,7 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::collections::btree_map::{Entry, Range};
 
 use smallvec::SmallVec;
 
@@ -43,6 +44,29 @@ pub(crate) struct Seen {
     pub(crate) region: RegionId,
 }
 
+/// Of disjoint stretches, which `map` has by their first address, those that overlap
+/// `start..=last`, by address.
+pub(crate) fn overlapping<V>(
+    map: &BTreeMap<u64, V>,
+    start: u64,
+    last: u64,
+    last_of: impl Fn(&V) -> u64,
+) -> impl Iterator<Item = (u64, &V)> {
+    // Mostly there is none or one, and one search tells.
+    let highest = map.range(..=last).next_back();
+    let highest = highest.filter(|(_, value)| last_of(value) >= start);
+    let mut lower = Range::default();
+    if let Some((&at, _)) = highest.filter(|(at, _)| **at > start) {
+        lower = map.range(start..at);
+        let first = lower.clone().next().map_or(at, |(&first, _)| first);
+        let below = (first > start).then(|| map.range(..start).next_back());
+        if let Some((&below, _)) = below.flatten().filter(|(_, value)| last_of(value) >= start) {
+            lower = map.range(below..at);
+        }
+    }
+    lower.chain(highest).map(|(&at, value)| (at, value))
+}
+
 /// The cells, by their first address.
 #[derive(Debug, Default)]
 pub(crate) struct FlatView {
@@ -52,6 +76,10 @@ pub(crate) struct FlatView {
 impl FlatView {
     /// Puts a region over `start..=last`.
     pub(crate) fn insert(&mut self, start: u64, last: u64, rank: Rank) {
+        let below = self.cells.range(..=last).next_back();
+        if below.is_none_or(|(_, cell)| cell.last < start) {
+            return self.insert_alone(start, last, rank);
+        }
         self.split_before(start);
         if let Some(end) = last.checked_add(1) {
             self.split_before(end);
@@ -72,20 +100,27 @@ impl FlatView {
             gaps.push((next, last));
         }
         for (gap_start, gap_last) in gaps {
-            let mut stack = SmallVec::new();
-            stack.push(rank);
-            self.cells.insert(
-                gap_start,
-                Cell {
-                    last: gap_last,
-                    stack,
-                },
-            );
+            self.insert_alone(gap_start, gap_last, rank);
         }
+    }
+
+    /// Puts a region where there is no cell.
+    fn insert_alone(&mut self, start: u64, last: u64, rank: Rank) {
+        let mut stack = SmallVec::new();
+        stack.push(rank);
+        self.cells.insert(start, Cell { last, stack });
     }
 
     /// Takes a region from `start..=last`, exactly where it was put.
     pub(crate) fn remove(&mut self, start: u64, last: u64, rank: Rank) {
+        // Where it lies alone, no cell is left to be joined to another.
+        if let Entry::Occupied(cell) = self.cells.entry(start)
+            && cell.get().last == last
+            && *cell.get().stack == [rank]
+        {
+            cell.remove();
+            return;
+        }
         let mut emptied: SmallVec<[u64; 4]> = SmallVec::new();
         for (&cell_start, cell) in self.cells.range_mut(start..=last) {
             if let Ok(place) = cell.stack.binary_search(&rank) {
@@ -140,14 +175,8 @@ impl FlatView {
     /// What is seen in `start..=last`, by address, clipped to it. Neighbouring cells that show
     /// the same region are one.
     pub(crate) fn seen(&self, start: u64, last: u64) -> impl Iterator<Item = Seen> + '_ {
-        let from = match self.cells.range(..=start).next_back() {
-            Some((&cell_start, cell)) if cell.last >= start => cell_start,
-            _ => start,
-        };
-        let mut cells = self
-            .cells
-            .range(from..=last)
-            .filter_map(move |(&cell_start, cell)| {
+        let mut cells = overlapping(&self.cells, start, last, |cell| cell.last)
+            .filter_map(move |(cell_start, cell)| {
                 Some(Seen {
                     start: cell_start.max(start),
                     last: cell.last.min(last),
@@ -170,43 +199,20 @@ impl FlatView {
 impl FlatView {
     /// Adds to `regions` all that lie in `start..=last`, seen or covered; some more than once.
     pub(crate) fn lying_in(&self, start: u64, last: u64, regions: &mut Vec<RegionId>) {
-        let from = match self.cells.range(..=start).next_back() {
-            Some((&cell_start, cell)) if cell.last >= start => cell_start,
-            _ => start,
-        };
-        for cell in self.cells.range(from..=last).map(|(_, cell)| cell) {
+        for (_, cell) in overlapping(&self.cells, start, last, |cell| cell.last) {
             regions.extend(cell.stack.iter().map(|rank| rank.region));
         }
     }
 
-    /// What is seen at `address`, with all that surrounds it and shows the same region.
+    /// What is seen at `address`. The same region may be seen on either side, too.
     pub(crate) fn seen_at(&self, address: u64) -> Option<Seen> {
         let (&start, cell) = self.cells.range(..=address).next_back()?;
-        if cell.last < address {
-            return None;
-        }
         let region = cell.stack.first()?.region;
-        let shows = |cell: &Cell| cell.stack.first().is_some_and(|top| top.region == region);
-        let mut seen = Seen {
+        (cell.last >= address).then_some(Seen {
             start,
             last: cell.last,
             region,
-        };
-        for (&start, cell) in self.cells.range(..start).rev() {
-            if !shows(cell) || cell.last.checked_add(1) != Some(seen.start) {
-                break;
-            }
-            seen.start = start;
-        }
-        if let Some(next) = seen.last.checked_add(1) {
-            for (&start, cell) in self.cells.range(next..) {
-                if !shows(cell) || seen.last.checked_add(1) != Some(start) {
-                    break;
-                }
-                seen.last = cell.last;
-            }
-        }
-        Some(seen)
+        })
     }
 }
 
@@ -279,7 +285,13 @@ mod tests {
             for address in 0..34 {
                 let all = seen_naively(&naive);
                 let around = all.iter().find(|seen| (seen.start..=seen.last).contains(&address));
-                prop_assert_eq!(view.seen_at(address), around.copied());
+                let seen = view.seen_at(address);
+                prop_assert_eq!(seen.map(|s| s.region), around.map(|s| s.region));
+                prop_assert!(seen.is_none_or(|s| around.is_some_and(|around| {
+                    (s.start..=s.last).contains(&address)
+                        && around.start <= s.start
+                        && s.last <= around.last
+                })));
             }
             let (start, last) = (window.0.min(window.1), window.0.max(window.1));
             let clipped: Vec<Seen> = seen_naively(&naive)
