@@ -13,7 +13,7 @@ use crate::{Errno, HostVa};
 
 /// The embedder's side of a backing.
 pub trait BackingObject: Any + Send + Sync + fmt::Debug {
-    /// Size in bytes. It never changes.
+    /// Size in bytes. It never changes, and is asked for once.
     fn size(&self) -> u64;
 
     /// Makes the whole object addressable in this process, for consumers that map by host
@@ -68,6 +68,8 @@ pub struct Epoch(u64);
 struct Inner {
     id: BackingId,
     epoch: AtomicU64,
+    /// Asked for once, so that the embedder is not called under the map's lock.
+    size: u64,
     object: Box<dyn BackingObject>,
 }
 
@@ -83,6 +85,7 @@ impl Backing {
         Self(Arc::new(Inner {
             id: BackingId(NEXT.fetch_add(1, Ordering::Relaxed)),
             epoch: AtomicU64::new(0),
+            size: object.size(),
             object: Box::new(object),
         }))
     }
@@ -96,7 +99,7 @@ impl Backing {
     /// Size in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.0.object.size()
+        self.0.size
     }
 
     /// The current revocation epoch.
