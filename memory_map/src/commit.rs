@@ -249,10 +249,38 @@ impl<'a, 'w> Commit<'a, 'w> {
         targets: &[TargetId],
         dirty: &[(u64, u64)],
     ) -> Result<(), ChangeError> {
+        let mut interrupted = false;
+        while let Some((target, new)) = later.pop() {
+            if interrupted {
+                self.map_remaining(&[target], &[(new.start, new.last)])?;
+            } else {
+                self.watched()?;
+                self.map(target, new, self.class == Class::Host)?;
+                interrupted = self.was_interrupted();
+            }
+        }
+        if interrupted {
+            // Others do not answer for RAM that this commit is still adding, or for a target that
+            // is still joining: what they could not map there is this commit's to map, or to fail.
+            self.map_remaining(targets, dirty)?;
+        }
+        Ok(())
+    }
+
+    /// Makes what is still to be mapped of a range that was planned before somebody else's step.
+    /// What they changed elsewhere they have mapped themselves, so to look at the rest of the plan
+    /// again is enough, and at each piece of it only once: a guest that moves BARs all the time
+    /// must not make a long commit plan all of its rest after every step.
+    fn map_remaining(
+        &mut self,
+        targets: &[TargetId],
+        dirty: &[(u64, u64)],
+    ) -> Result<(), ChangeError> {
+        let mut later = self.remaining(targets, dirty);
         while let Some((target, new)) = later.pop() {
             self.watched()?;
             self.map(target, new, self.class == Class::Host)?;
-            if self.was_interrupted() {
+            if self.was_interrupted() && !later.is_empty() {
                 later = self.remaining(targets, dirty);
             }
         }

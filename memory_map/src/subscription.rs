@@ -32,6 +32,7 @@ impl ReachSubscription {
         let subscriber = Subscriber {
             wake,
             changed: BTreeSet::new(),
+            all: false,
         };
         inner.state.lock().subscribers.0.insert(id, subscriber);
         Self { inner, id }
@@ -42,9 +43,14 @@ impl ReachSubscription {
     pub fn take(&self) -> ReachChanges {
         let mut state = self.inner.state.lock();
         let subscriber = state.subscribers.0.get_mut(&self.id);
-        let changed = subscriber.map(|s| std::mem::take(&mut s.changed));
+        let (mut changed, all) = subscriber
+            .map(|s| (std::mem::take(&mut s.changed), std::mem::take(&mut s.all)))
+            .unwrap_or_default();
+        if all {
+            changed.extend(state.layout.regions.keys());
+        }
         let mut changes = ReachChanges::default();
-        for region in changed.unwrap_or_default() {
+        for region in changed {
             match state.layout.regions.get(&region) {
                 None => changes.removed.push(region),
                 Some(found) => changes
@@ -73,6 +79,8 @@ impl fmt::Debug for ReachSubscription {
 struct Subscriber {
     wake: Arc<dyn Fn() + Send + Sync>,
     changed: BTreeSet<RegionId>,
+    /// Every region that is in the map, besides.
+    all: bool,
 }
 
 /// All subscribers, by their ids.
@@ -103,7 +111,7 @@ impl State {
     pub(crate) fn reach_changed(&mut self, regions: &[RegionId]) -> Wakes {
         let mut wakes = Wakes::default();
         for subscriber in self.subscribers.0.values_mut() {
-            let slept = subscriber.changed.is_empty();
+            let slept = subscriber.changed.is_empty() && !subscriber.all;
             subscriber.changed.extend(regions);
             if slept && !subscriber.changed.is_empty() {
                 wakes.0.push(subscriber.wake.clone());
@@ -122,15 +130,21 @@ impl State {
         for &(start, last) in dirty {
             self.layout.view.lying_in(start, last, &mut regions);
         }
+        regions.sort_unstable();
+        regions.dedup();
         self.reach_changed(&regions)
     }
 
     /// Tells all subscribers to look at every region again.
     pub(crate) fn all_reach_changed(&mut self) -> Wakes {
-        if self.subscribers.is_empty() {
-            return Wakes::default();
+        let mut wakes = Wakes::default();
+        for subscriber in self.subscribers.0.values_mut() {
+            let slept = subscriber.changed.is_empty() && !subscriber.all;
+            subscriber.all = true;
+            if slept {
+                wakes.0.push(subscriber.wake.clone());
+            }
         }
-        let all: Vec<RegionId> = self.layout.regions.keys().copied().collect();
-        self.reach_changed(&all)
+        wakes
     }
 }

@@ -287,11 +287,12 @@ mod tests {
                 let around = all.iter().find(|seen| (seen.start..=seen.last).contains(&address));
                 let seen = view.seen_at(address);
                 prop_assert_eq!(seen.map(|s| s.region), around.map(|s| s.region));
-                prop_assert!(seen.is_none_or(|s| around.is_some_and(|around| {
+                let lies_within = seen.is_none_or(|s| around.is_some_and(|around| {
                     (s.start..=s.last).contains(&address)
                         && around.start <= s.start
                         && s.last <= around.last
-                })));
+                }));
+                prop_assert!(lies_within);
             }
             let (start, last) = (window.0.min(window.1), window.0.max(window.1));
             let clipped: Vec<Seen> = seen_naively(&naive)
