@@ -19,7 +19,7 @@ use crate::plan::{NewMapping, Plan, Unmap, plan, whole_pages};
 use crate::state::{Driver, Inner, State, Target};
 use crate::subscription::Wakes;
 use crate::sync::MutexGuard;
-use crate::translation::iova;
+use crate::translation::{Unmappable, iova};
 use crate::turn::Turn;
 use crate::{
     Action, Backing, BackingId, ChangeError, CutOff, InvalidChange, IovaRange, MapRequest,
@@ -340,12 +340,14 @@ impl<'a, 'w> Commit<'a, 'w> {
             }
             let dirty = whole_pages(dirty, target.limits.page_size);
             let plan = plan(&state.layout, &target.viewer(), &target.ledger, &dirty);
-            for piece in &plan.unmappable {
-                if piece.kind != RegionKind::Ram || is_by_design(&piece.reason) {
-                    continue;
-                }
+            for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
                 let range = iova(piece.start, piece.last);
-                if self.class == Class::Host {
+                // What was missing before is not for this change to answer for.
+                let known = target
+                    .ledger
+                    .failure_at(piece.start)
+                    .is_some_and(|(last, reason)| last >= piece.last && *reason == piece.reason);
+                if self.class == Class::Host && !known {
                     return Err(ChangeError::Refused {
                         target: target.options.name.clone(),
                         range,
@@ -353,7 +355,7 @@ impl<'a, 'w> Commit<'a, 'w> {
                         reason: piece.reason.clone(),
                     });
                 }
-                if !target.joining && !state.busy.contains(&piece.region) {
+                if !known && !target.joining && !state.busy.contains(&piece.region) {
                     let missing = (id, range, piece.reason.clone());
                     self.report.ram_missing.push(missing);
                 }
@@ -369,6 +371,11 @@ impl<'a, 'w> Commit<'a, 'w> {
                         if !forgotten.is_empty() {
                             self.forgotten.push((id, forgotten));
                         }
+                    }
+                    for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
+                        let (start, last) = (piece.start, piece.last);
+                        target.ledger.fail(start, last, piece.reason.clone());
+                        self.failed.push((id, start, last));
                     }
                 }
                 (id, plan)
@@ -914,11 +921,12 @@ impl Inner {
     }
 }
 
-/// Whether a piece of RAM is left out of a target because the target cannot or must not see it,
-/// rather than because something went wrong.
-fn is_by_design(reason: &Reason) -> bool {
-    matches!(
-        reason,
+/// Whether a piece that a target cannot map is RAM that it should: not where it cannot or must not
+/// see the piece, rather than because something went wrong.
+fn is_missing(piece: &Unmappable) -> bool {
+    let by_design = matches!(
+        piece.reason,
         Reason::SmallerThanPage { .. } | Reason::NotPageAligned { .. } | Reason::Filtered
-    )
+    );
+    piece.kind == RegionKind::Ram && !by_design
 }

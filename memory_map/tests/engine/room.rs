@@ -316,3 +316,31 @@ fn ram_that_does_not_start_on_a_page_is_refused() {
     assert_eq!(moved.unwrap_err(), misaligned);
     assert_eq!(table.take_calls(), []);
 }
+
+#[test]
+fn ram_that_was_missing_before_refuses_no_other_change() {
+    let f = fixture();
+    let ram = f.ram(0, 2);
+    let (_table, handle) = f.target(TargetLimits {
+        read_only: false,
+        ..limits()
+    });
+    let mut change = f.map.change();
+    change.set_access(ram, Access::ReadOnly);
+    assert_eq!(change.commit_guest().unwrap().ram_missing.len(), 1);
+    // The host adds more under a part of it, which looks at that part again.
+    let spec = f.spec(RegionKind::Ram, 0x1000, 1);
+    let other = f.add(spec).unwrap();
+    let missing = Reason::ReadOnlyUnsupported;
+    assert_eq!(f.reach(&handle, ram), Reach::Unavailable(missing));
+    let mut change = f.map.change();
+    change.remove(other);
+    change.set_access(ram, Access::ReadWrite);
+    let report = change.commit().unwrap();
+    assert_eq!(report.ram_missing, []);
+    assert_eq!(f.reach(&handle, ram), Reach::Mapped);
+    // What is new is refused all the same.
+    let mut spec = f.spec(RegionKind::Ram, 0x10_0000, 1);
+    spec.access = Access::ReadOnly;
+    assert!(f.add(spec).is_err());
+}
