@@ -2,21 +2,24 @@
 //!
 //! For one target, by the promises on the map's front page:
 //! - A mapping of which any page changes (another page behind it, another access, nothing any
-//!   more, or the same page in a later epoch), or which is larger than any may be by now, or no whole pages, has to go: at least one unmap each. Where one unmap
+//!   more, or the same page in a later epoch), or which is larger than any may be by now or no whole pages, has to go: at least one unmap each. Where one unmap
 //!   may span several, neighbours that go without a remainder are one call; a mapping with a
 //!   remainder goes alone, since its remainder is to be back before anything else is done.
 //! - What remains of it, that is, shows the same bytes, is mapped again: one map for each stretch
 //!   of one access. (Only of a mapping that has become too large it is cut, at multiples of the
 //!   largest.)
-//! - Whatever else is due is new: one map for each stretch of one sub-mapping of one region, cut
+//! - Whatever else is due is new: one map for each stretch of one region and
+//!   of pages that follow each other, cut
 //!   at multiples of the largest mapping and where a reserved window begins or ends.
 //! - Nothing else needs a call.
+//!
+//! The order between the kinds of consumers is checked along with it.
 
-use memory_map::RegionId;
+use memory_map::{IovaRange, RegionId};
 
 use crate::CELL;
 use crate::check::Outcome;
-use crate::kernel::{Mapping, Translation};
+use crate::kernel::{Mapping, State, Translation};
 use crate::model::{CELLS, Due, LOW, View, address};
 use crate::world::{Before, Target, World};
 
@@ -67,10 +70,33 @@ pub fn check(held: &Held<'_>, outcome: &Outcome) -> Result<(), String> {
         maps: state.maps,
         unmaps: state.unmaps,
     };
-    if made == least {
+    if made != least {
+        return Err(format!("{made:?}, where {least:?} do"));
+    }
+    if outcome.error.is_some() {
         return Ok(());
     }
-    Err(format!("{made:?}, where {least:?} do"))
+    check_order(&state)
+}
+
+/// On the way down IOMMUs go first, then memory slots, then those that RAM is shared with; on the
+/// way up it is the other way round.
+fn check_order(state: &State) -> Result<(), String> {
+    let kind = |table: usize| state.tables[table].kind;
+    let unmaps = || state.order.iter().filter(|(_, is_map, _)| !is_map);
+    let down = unmaps().map(|(table, ..)| kind(*table)).is_sorted();
+    let first_up = state.order.iter().rposition(|(_, is_map, _)| !is_map);
+    let up = state.order.iter().skip(first_up.map_or(0, |at| at + 1));
+    // What the last unmap left belongs to the way down.
+    let last = unmaps().next_back();
+    let remainder = |(table, _, range): &&(usize, bool, IovaRange)| {
+        last.is_some_and(|(same, _, all)| same == table && all.covers(range))
+    };
+    let up = up.skip_while(remainder).map(|(table, ..)| std::cmp::Reverse(kind(*table)));
+    if down && up.is_sorted() {
+        return Ok(());
+    }
+    Err(format!("out of order: {:?}", state.order))
 }
 
 /// Of one cell: what is due, and which stretch it belongs to.
@@ -78,8 +104,15 @@ pub fn check(held: &Held<'_>, outcome: &Outcome) -> Result<(), String> {
 struct Wanted {
     to: Translation,
     region: RegionId,
-    sub: u64,
     window: usize,
+}
+
+impl Wanted {
+    /// What goes on where this ends.
+    const fn after(mut self) -> Self {
+        self.to.offset += CELL;
+        self
+    }
 }
 
 fn of_target(held: &Held<'_>, target: &Target, view: &View<'_>, least: &mut Calls) {
@@ -94,7 +127,6 @@ fn of_target(held: &Held<'_>, target: &Target, view: &View<'_>, least: &mut Call
             Some(Wanted {
                 to,
                 region: seen.region.id,
-                sub: seen.page?.sub,
                 window: windows.position(|r| r.last().raw() >= address(cell))?,
             })
         })
@@ -120,16 +152,19 @@ fn of_target(held: &Held<'_>, target: &Target, view: &View<'_>, least: &mut Call
             .is_stale(mapping.to.backing, mapping.epoch);
         let fits = mapping.last - start < target.limits.largest_mapping;
         let stays = fits && !stale && cells.iter().all(|c| same(*c) == Some(mapping.to.access));
-        let mut remainders = 0;
+        let mut parts: Vec<(u64, u64)> = Vec::new();
         let mut previous = None;
         for &cell in &cells {
             settled[cell] |= stays || same(cell).is_some();
-            let cut = !fits && address(cell) % target.limits.largest_mapping == 0;
-            if same(cell).is_some() && (same(cell) != previous || cut) {
-                remainders += 1;
+            let (at, now) = (address(cell), same(cell));
+            match parts.last_mut() {
+                Some(part) if now.is_some() && now == previous => part.1 = at + (CELL - 1),
+                _ if now.is_some() => parts.push((at, at + (CELL - 1))),
+                _ => {}
             }
-            previous = same(cell);
+            previous = now;
         }
+        let remainders: u64 = parts.iter().map(|part| pieces(*part, target)).sum();
         if stays {
             continue;
         }
@@ -142,11 +177,20 @@ fn of_target(held: &Held<'_>, target: &Target, view: &View<'_>, least: &mut Call
     for cell in 0..CELLS {
         let new = wanted[cell].filter(|_| !settled[cell]);
         let goes_on = matches!((previous, new), (Some(p), Some(n))
-            if cell != LOW && (p.region, p.sub, p.window) == (n.region, n.sub, n.window));
+            if cell != LOW && p.after() == n);
         let cut = address(cell) % target.limits.largest_mapping == 0;
         least.maps += u64::from(new.is_some() && (!goes_on || cut));
         previous = new;
     }
+}
+
+/// How many mappings a remainder takes: one, unless it has become larger than any may be.
+fn pieces((start, last): (u64, u64), target: &Target) -> u64 {
+    let largest = target.limits.largest_mapping;
+    if last - start < largest {
+        return 1;
+    }
+    last / largest - start / largest + 1
 }
 
 /// With which access the cell is to show the same bytes that the mapping shows there, if so.

@@ -346,8 +346,16 @@ impl World {
         view: &View<'_>,
         excuses: &Excuses,
     ) -> Checked {
-        let (Some(report), true) = (&outcome.report, outcome.leaver.is_none()) else {
+        if outcome.leaver.is_some() || (outcome.report.is_none() && outcome.error.is_none()) {
             return Ok(());
+        }
+        let is_told = |id: TargetId, at| {
+            let report = outcome.report.as_ref().filter(|_| outcome.guest);
+            let told = report.is_some_and(|report| {
+                let mut missing = report.ram_missing.iter();
+                missing.any(|(target, range, _)| *target == id && range.contains(at))
+            });
+            told || matches!(outcome.error, Some(ChangeError::UndoLostRam { .. }))
         };
         let old_view = before.model.view();
         for target in &self.targets {
@@ -366,6 +374,7 @@ impl World {
                 let was = old_view[cell].map(|s| s.region.id) == Some(seen.region.id)
                     && old_due[cell] == due[cell];
                 let unmappable = !was
+                    && outcome.error.is_none()
                     && matches!(
                         &due[cell],
                         Due::Unmappable(
@@ -373,11 +382,7 @@ impl World {
                         )
                     );
                 let at = memory_map::Iova::new(address(cell));
-                let told = report
-                    .ram_missing
-                    .iter()
-                    .any(|(id, range, _)| *id == target.handle.id() && range.contains(at));
-                let silent = (failed || unmappable) && !(outcome.guest && told);
+                let silent = (failed || unmappable) && !is_told(target.handle.id(), at);
                 ensure(!silent, || {
                     format!("t{table} cell {cell}: RAM lost silently")
                 })?;
@@ -458,11 +463,9 @@ impl World {
             .collect();
         drop(state);
         let alive = |reach: &&memory_map::ReachEntry| !dead.contains(&reach.target);
-        // What was mapped in a revoked epoch is now mapped in the current one.
-        let stood = |reach: &&memory_map::ReachEntry| alive(reach) && !has_pending(&reach.reach);
         let (old, new) = (before.reach.iter(), self.map.reach());
-        let pending = before.reach.iter().any(|reach| has_pending(&reach.reach));
-        let same = pending || old.filter(stood).eq(new.iter().filter(alive));
+        // What was mapped in a revoked epoch may be mapped in the current one now.
+        let same = before.stale || old.filter(alive).eq(new.iter().filter(alive));
         ensure(same, || format!("the reach differs after {error}"))
     }
 
@@ -600,14 +603,6 @@ const fn is_from_a_call(reason: &Reason) -> bool {
         reason,
         Reason::Kernel { .. } | Reason::Revoked | Reason::NoHostAddress(_)
     )
-}
-
-fn has_pending(reach: &Reach) -> bool {
-    match reach {
-        Reach::Mapped => false,
-        Reach::Unavailable(reason) => *reason == Reason::Pending,
-        Reach::Partly { missing, .. } => missing.iter().any(|m| m.reason == Reason::Pending),
-    }
 }
 
 /// The cells that start in a range.

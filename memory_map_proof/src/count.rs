@@ -10,7 +10,7 @@ use crate::kernel::{CallKind, Fault};
 pub struct Counts(BTreeMap<&'static str, u64>);
 
 /// Everything that a run of random scripts has to exercise.
-pub const REQUIRED: [&str; 36] = [
+pub const REQUIRED: [&str; 37] = [
     "operation: add",
     "operation: remove",
     "operation: enable",
@@ -23,6 +23,7 @@ pub const REQUIRED: [&str; 36] = [
     "operation: revoke",
     "operation: nonsense",
     "operation: register",
+    "operation: register memory slots",
     "operation: register sharing",
     "operation: unregister",
     "operation: limits changed",

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use memory_map::{
-    Access, Backing, BackingId, BackingObject, CutOff, DmaTarget, Epoch, Errno, HostMapping,
+    Access, Backing, BackingId, BackingObject, ConsumerKind, CutOff, DmaTarget, Epoch, Errno, HostMapping,
     HostVa, IovaRange, MapRequest, Quarantine, Reason, RegionKind, SharingConsumer, TargetError,
     TargetLimits, TargetName,
 };
@@ -99,7 +99,8 @@ pub struct Table {
     /// How often its devices were cut off.
     pub cut_offs: usize,
     addressing: Addressing,
-    sharing: bool,
+    /// What kind of consumer it belongs to.
+    pub kind: ConsumerKind,
     /// A map ended in an unknown state: there may be nothing to unmap.
     doubtful: Option<IovaRange>,
 }
@@ -145,6 +146,8 @@ pub struct State {
     pub faults: Vec<(u32, Fault)>,
     /// How many calls there have been in this step.
     pub calls: u32,
+    /// Which kinds they were of.
+    pub log: Vec<CallKind>,
     /// Which of them failed.
     pub fired: Vec<(CallKind, Fault)>,
     /// Backings whose host address was refused in this step.
@@ -153,8 +156,12 @@ pub struct State {
     pub maps: u64,
     /// Unmap calls in this step.
     pub unmaps: u64,
+    /// The maps and unmaps of this step in order: of which table, whether a map, and where.
+    pub order: Vec<(usize, bool, IovaRange)>,
     /// What went against the contract.
     pub violations: Vec<String>,
+    /// At the very end: to unmap what is not there is no error, so that nothing is kept for ever.
+    pub lenient: bool,
     /// Off for scripts whose ranges are too long to be followed cell by cell.
     pub by_cell: bool,
     epochs: BTreeMap<BackingId, Epoch>,
@@ -211,7 +218,7 @@ impl Kernel {
             was_full: false,
             cut_offs: 0,
             addressing: shape.addressing,
-            sharing: shape.sharing,
+            kind: shape.kind,
             doubtful: None,
         });
         Driver {
@@ -226,6 +233,8 @@ impl Kernel {
         state.faults.clear();
         state.faults.extend_from_slice(faults);
         state.calls = 0;
+        state.log.clear();
+        state.order.clear();
         state.maps = 0;
         state.unmaps = 0;
         state.fired.clear();
@@ -266,6 +275,7 @@ impl State {
     fn fault(&mut self, kind: CallKind) -> Option<Fault> {
         let number = self.calls;
         self.calls += 1;
+        self.log.push(kind);
         let found = self.faults.iter().find(|(at, _)| *at == number);
         let fault = found.map(|(_, fault)| *fault)?;
         self.fired.push((kind, fault));
@@ -300,7 +310,7 @@ impl State {
                 "map over a mapping",
             ),
             (
-                table.sharing && request.kind != RegionKind::Ram,
+                table.kind == ConsumerKind::Sharing && request.kind != RegionKind::Ram,
                 "device memory shared",
             ),
             (
@@ -317,6 +327,7 @@ impl State {
 
     fn map(&mut self, number: usize, request: &MapRequest) -> Result<(), TargetError> {
         self.maps += 1;
+        self.order.push((number, true, request.iova));
         let fault = self.fault(CallKind::Map);
         self.check_map(number, request);
         let backing = &request.backing;
@@ -387,6 +398,7 @@ impl State {
 
     fn unmap(&mut self, number: usize, range: IovaRange) -> Result<(), TargetError> {
         self.unmaps += 1;
+        self.order.push((number, false, range));
         let fault = self.fault(CallKind::Unmap);
         let (start, last) = (range.start().raw(), range.last().raw());
         let table = &mut self.tables[number];
@@ -419,7 +431,7 @@ impl State {
         }
         let outcome = match fault {
             // As the kernel: to unmap what is not there is an error.
-            None | Some(Fault::RevokedMeanwhile) if hit.is_empty() => {
+            None | Some(Fault::RevokedMeanwhile) if hit.is_empty() && !self.lenient => {
                 Err(TargetError::Unknown(ERRNO))
             }
             None | Some(Fault::RevokedMeanwhile) => Ok(()),

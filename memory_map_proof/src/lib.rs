@@ -26,6 +26,7 @@ pub mod random;
 pub mod raw;
 pub mod script;
 pub mod shape;
+mod small;
 mod world;
 
 pub use world::{Before, Excuses, Target, World};

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::{Instant, SystemTime};
 
 use clap::Parser;
+use memory_map_proof::exhaustive;
 use memory_map_proof::random::run_threads;
 use memory_map_proof::script::{EVERYTHING, QUIET};
 
@@ -22,6 +23,9 @@ struct Arguments {
     /// No failures; count the calls instead.
     #[arg(long)]
     quiet: bool,
+    /// Every short script in a small world instead.
+    #[arg(long)]
+    exhaustive: bool,
 }
 
 fn main() -> ExitCode {
@@ -33,6 +37,12 @@ fn main() -> ExitCode {
     let threads = arguments.threads.unwrap_or_else(|| {
         std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64)
     });
+    if arguments.exhaustive {
+        let began = Instant::now();
+        let sums = exhaustive::run(usize::try_from(threads).unwrap_or(1));
+        println!("{sums:?}\n{:.1?}", began.elapsed());
+        return sums.map_or(ExitCode::FAILURE, |_| ExitCode::SUCCESS);
+    }
     println!("seed {seed}, {threads} threads");
     let style = if arguments.quiet { QUIET } else { EVERYTHING };
     let began = Instant::now();

@@ -4,7 +4,7 @@
 //! is answered by looking at every region and every cell.
 
 use memory_map::{
-    Access, BackingId, DisabledBecause, Filter, Gpa, Label, Reason, RegionId, RegionKind,
+    Access, BackingId, ConsumerKind, DisabledBecause, Filter, Gpa, Label, Reason, RegionId, RegionKind,
     TargetLimits,
 };
 
@@ -32,8 +32,6 @@ pub const fn address(cell: usize) -> u64 {
 /// What lies behind one granule of a region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Page {
-    /// Which sub-mapping put it there. Neighbours of different ones are never mapped as one.
-    pub sub: u64,
     /// The backing.
     pub backing: BackingId,
     /// Where in it, in bytes.
@@ -74,6 +72,12 @@ impl Region {
         let wraps = self.start.checked_add(self.size - 1).is_none();
         let wrapped = wraps.then_some(DisabledBecause::Wraps(Gpa::new(self.start)));
         self.disabled.or(wrapped)
+    }
+
+    /// RAM must start on a page.
+    #[must_use]
+    pub fn is_misplaced(&self) -> bool {
+        self.kind == RegionKind::Ram && self.start % GRANULE != 0
     }
 
     fn covers(&self, address: u64) -> bool {
@@ -171,7 +175,7 @@ impl Viewer<'_> {
                     .is_some_and(|l| labels.contains(&Label::from(l)))
             }
         };
-        if filtered || (self.shape.sharing && !(ram && region.shareable)) {
+        if filtered || (self.shape.kind == ConsumerKind::Sharing && !(ram && region.shareable)) {
             Some(Reason::Filtered)
         } else if !ram && !self.limits.device_memory {
             Some(Reason::DeviceMemoryRefused)
@@ -202,11 +206,12 @@ impl Viewer<'_> {
         let size = self.limits.page_size;
         let start = address(cell) & !(size - 1);
         let aligned = (address(cell).wrapping_sub(page.offset)) % size == 0;
-        // The whole of the target's page must show this sub-mapping of this region.
+        // The whole of the target's page must show this region, with pages that follow each other.
         let first = cell - index((address(cell) - start) / CELL);
-        let whole = (first..first + index(size / CELL)).all(|at| is_same(view, at, region, &page));
+        let same = |at| is_same(view, at, cell);
+        let whole = (first..first + index(size / CELL)).all(same);
         if !aligned || !whole {
-            return Due::Unmappable(if run_of(view, cell, region, &page) < size {
+            return Due::Unmappable(if run_of(view, cell) < size {
                 Reason::SmallerThanPage { page: size }
             } else {
                 Reason::NotPageAligned { page: size }
@@ -228,18 +233,22 @@ impl Viewer<'_> {
     }
 }
 
-/// Whether a cell shows the same sub-mapping of the same region.
-fn is_same(view: &View<'_>, cell: usize, region: &Region, page: &Page) -> bool {
-    view.get(cell).copied().flatten().is_some_and(|seen| {
-        seen.region.id == region.id && seen.page.is_some_and(|p| p.sub == page.sub)
-    })
+/// Whether two cells show the same region, and pages of the same backing that lie as far apart.
+fn is_same(view: &View<'_>, one: usize, other: usize) -> bool {
+    let seen = |cell: usize| {
+        let seen = view.get(cell).copied().flatten()?;
+        let page = seen.page?;
+        let distance = address(cell).wrapping_sub(page.offset);
+        Some((seen.region.id, page.backing, distance))
+    };
+    seen(one).is_some() && seen(one) == seen(other)
 }
 
-/// How many bytes around a cell show the same sub-mapping of the same region.
-fn run_of(view: &View<'_>, cell: usize, region: &Region, page: &Page) -> u64 {
+/// How many bytes around a cell are one stretch with it.
+fn run_of(view: &View<'_>, cell: usize) -> u64 {
     // The two stretches of cells do not touch.
     let stretch = if cell < LOW { 0..LOW } else { LOW..CELLS };
-    let same = |at: &usize| is_same(view, *at, region, page);
+    let same = |at: &usize| is_same(view, *at, cell);
     let before = (stretch.start..cell).rev().take_while(same).count();
     let after = (cell..stretch.end).take_while(same).count();
     (before + after) as u64 * CELL

@@ -156,7 +156,7 @@ pub const EVERYTHING: Style = Style {
 /// Steps without failures, and no target that may run full.
 pub const QUIET: Style = Style {
     failures: false,
-    shapes: &[0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11],
+    shapes: &[0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12],
 };
 
 /// Makes up one turn.

@@ -1,6 +1,6 @@
 //! The kinds of consumer that scripts register.
 
-use memory_map::{Filter, Iova, IovaRange, Label, TargetLimits};
+use memory_map::{ConsumerKind, Filter, Iova, IovaRange, Label, TargetLimits};
 
 use crate::GRANULE;
 
@@ -36,12 +36,12 @@ pub struct Shape {
     pub addressing: Addressing,
     /// What it may see.
     pub filter: Filter,
-    /// Whether it is a sharing consumer.
-    pub sharing: bool,
+    /// What kind of consumer it is.
+    pub kind: ConsumerKind,
 }
 
 /// How many shapes there are.
-pub const SHAPES: usize = 12;
+pub const SHAPES: usize = 14;
 /// How many ways a target's limits can become different.
 pub const LIMIT_CHANGES: usize = 10;
 
@@ -65,7 +65,7 @@ pub fn plain() -> Shape {
         },
         addressing: Addressing::Address,
         filter: Filter::All,
-        sharing: false,
+        kind: ConsumerKind::Iommu,
     }
 }
 
@@ -107,7 +107,7 @@ pub fn shape(number: usize) -> Shape {
             shape.addressing = Addressing::Mixed;
         }
         7 => {
-            shape.sharing = true;
+            shape.kind = ConsumerKind::Sharing;
             shape.addressing = Addressing::File;
             limits.allowed = allowed(&[(0, u64::MAX - GRANULE)]);
             limits.largest_mapping = 1 << 63;
@@ -131,6 +131,14 @@ pub fn shape(number: usize) -> Shape {
         11 => {
             limits.largest_mapping = GRANULE;
             limits.unmap_spans = true;
+        }
+        12 => {
+            shape.kind = ConsumerKind::MemorySlots;
+            limits.largest_mapping = 1 << 62;
+        }
+        13 => {
+            shape.kind = ConsumerKind::MemorySlots;
+            limits.entry_limit = Some(9);
         }
         _ => {}
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use memory_map::{
-    Access, Backing, Change, ChangeError, DisabledBecause, Gpa, GpaRange, Priority, Progress,
+    Access, Backing, Change, ChangeError, ConsumerKind, DisabledBecause, Gpa, GpaRange, Priority, Progress,
     Reason, RegionManager, RegionSpec, Report, SubMapping, TargetHandle, TargetId, TargetLimits,
     TargetOptions,
 };
@@ -58,6 +58,8 @@ pub struct Before {
     pub tables: Vec<BTreeMap<u64, Mapping>>,
     /// Which of them were dead.
     pub dead: Vec<bool>,
+    /// Whether they held mappings of a revoked epoch.
+    pub stale: bool,
     /// The model.
     pub model: Model,
     /// What the map said of the reach.
@@ -82,7 +84,6 @@ pub struct World {
     /// Whether the number of calls is held to its lower bound. For scripts without failures.
     pub count_calls: bool,
     slots: Vec<Backing>,
-    next_sub: u64,
     next_region: usize,
 }
 
@@ -101,7 +102,6 @@ impl Default for World {
             counts: Counts::default(),
             count_calls: false,
             slots,
-            next_sub: 0,
             next_region: 0,
         }
     }
@@ -143,7 +143,11 @@ impl World {
         for (kind, fault) in &self.kernel.state().fired {
             self.counts.one(failure(*kind, *fault));
         }
-        self.check(&before, &outcome)?;
+        self.check(&before, &outcome).map_err(|what| {
+            let state = self.kernel.state();
+            let (calls, fired, error) = (&state.order, &state.fired, &outcome.error);
+            format!("{what}\n  calls {calls:?}\n  failed {fired:?}\n  error {error:?}")
+        })?;
         if self.count_calls {
             let held = Held {
                 before: &before,
@@ -189,6 +193,9 @@ impl World {
         Before {
             tables: state.tables.iter().map(|t| t.mappings.clone()).collect(),
             dead: state.tables.iter().map(|t| t.dead).collect(),
+            stale: (state.tables.iter())
+                .flat_map(|table| table.mappings.values())
+                .any(|mapping| state.is_stale(mapping.to.backing, mapping.epoch)),
             model: self.model.clone(),
             reach,
         }
@@ -265,6 +272,7 @@ impl World {
                 let Some(at) = pick(place) else { return };
                 let region = &mut asked.model.regions[at];
                 region.start = address(*cell);
+                asked.nonsense |= region.is_misplaced();
                 self.counts.one("operation: move");
                 if region.start.checked_add(region.size - 1).is_none() {
                     self.counts.one("operation: move that wraps");
@@ -361,7 +369,6 @@ impl World {
             if from >= to {
                 break;
             }
-            self.next_sub += 1;
             spec.sub_mappings.push(SubMapping {
                 offset: from * GRANULE,
                 size: (to - from) * GRANULE,
@@ -370,7 +377,6 @@ impl World {
             });
             for page in from..to {
                 pages[crate::model::index(page)] = Some(Page {
-                    sub: self.next_sub,
                     backing: backing.id(),
                     offset: (backing_page + page) * GRANULE,
                 });
@@ -380,7 +386,7 @@ impl World {
         if *enable {
             asked.change.enable(id);
         }
-        asked.model.regions.push(Region {
+        let region = Region {
             id,
             number: self.next_region,
             start,
@@ -392,7 +398,9 @@ impl World {
             shareable: *shareable,
             label: *label,
             pages,
-        });
+        };
+        asked.nonsense |= region.is_misplaced();
+        asked.model.regions.push(region);
     }
 
     fn set_sub(
@@ -422,10 +430,8 @@ impl World {
             let (offset, size) = (offset * GRANULE, size * GRANULE);
             asked.change.remove_sub_mapping(region.id, offset, size);
         }
-        self.next_sub += 1;
         for page in 0..size {
             region.pages[crate::model::index(offset + page)] = new.map(|(slot, from)| Page {
-                sub: self.next_sub,
                 backing: self.slots[slot].id(),
                 offset: (from + page) * GRANULE,
             });
@@ -442,14 +448,19 @@ impl World {
         let table = driver.table;
         let mut options = TargetOptions::new(format!("t{table}"));
         options.filter = shape.filter.clone();
+        options.kind = shape.kind;
         let kernel = self.kernel.clone();
         options.cut_off = Some(std::sync::Arc::new(Cutter { kernel, table }));
         let mut cancelled = false;
-        let result = if shape.sharing {
+        let result = if shape.kind == ConsumerKind::Sharing {
             self.counts.one("operation: register sharing");
             self.map.register_sharing(Box::new(driver), options)
         } else {
-            self.counts.one("operation: register");
+            self.counts.one(if shape.kind == ConsumerKind::Iommu {
+                "operation: register"
+            } else {
+                "operation: register memory slots"
+            });
             let mut watch = watch(cancel, &mut cancelled);
             self.map
                 .register_watched(Box::new(driver), options, &mut watch)
@@ -490,7 +501,7 @@ impl World {
         let Some(target) = self.targets.get(place % count.max(1)) else {
             return outcome;
         };
-        if target.shape.sharing {
+        if target.shape.kind == ConsumerKind::Sharing {
             return outcome;
         }
         let limits = shape::changed(&target.limits, number);
