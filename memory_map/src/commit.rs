@@ -16,19 +16,14 @@ use crate::change::Operation;
 use crate::layout::{self, Applied};
 use crate::ledger::{Entry, Failure};
 use crate::plan::{NewMapping, Plan, Unmap, plan, whole_pages};
-use crate::state::{Driver, Inner, State, Target};
+use crate::state::{Busy, Inner, Target};
 use crate::subscription::Wakes;
-use crate::sync::MutexGuard;
 use crate::translation::{Unmappable, iova};
 use crate::turn::Turn;
 use crate::{
-    Action, Backing, BackingId, ChangeError, CutOff, InvalidChange, IovaRange, MapRequest,
-    MappingChange, Progress, Quarantine, Reason, RegionId, RegionKind, Report, TargetError,
-    TargetId, TargetName, TargetOptions,
+    Action, BackingId, ChangeError, CutOff, InvalidChange, IovaRange, MappingChange, Progress,
+    Quarantine, Reason, RegionId, RegionKind, Report, TargetId, TargetName, TargetOptions,
 };
-
-/// How often a mapping is tried that is revoked while it is being made.
-const REVOKED_TRIES: usize = 3;
 
 /// Called before every call to a target.
 pub(crate) type Watch<'w> = dyn FnMut(Progress) -> ControlFlow<()> + 'w;
@@ -43,107 +38,9 @@ pub(crate) enum Class {
 }
 
 /// A step that has been done and may have to be undone.
-enum Done {
+pub(crate) enum Done {
     Mapped(TargetId, u64),
     Unmapped(TargetId, Vec<(u64, Entry)>),
-}
-
-/// How a call to map ended.
-enum Called {
-    /// Made in one epoch of its backing.
-    Mapped(MapRequest, crate::Epoch),
-    /// Not there.
-    Refused(Reason),
-    /// May be there.
-    Unknown(MapRequest, Quarantine),
-}
-
-/// Regions that belong to an unfinished host's commit, until this is dropped.
-struct Busy<'a> {
-    inner: &'a Inner,
-    regions: &'a [RegionId],
-}
-
-impl<'a> Busy<'a> {
-    /// A guest's commit keeps its turn, so nobody can come near its regions.
-    fn new(inner: &'a Inner, class: Class, regions: &'a [RegionId]) -> Option<Self> {
-        (class == Class::Host).then_some(Self { inner, regions })
-    }
-}
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        let mut state = self.inner.state.lock();
-        for region in self.regions {
-            state.busy.remove(region);
-        }
-        drop(state);
-        self.inner.settled.notify_all();
-    }
-}
-
-/// A mapping is being made without a turn, until this is dropped.
-struct InFlight<'a> {
-    inner: &'a Inner,
-    target: TargetId,
-    range: (u64, u64),
-}
-
-impl<'a> InFlight<'a> {
-    /// Takes off, and tells the count of steps.
-    fn new(inner: &'a Inner, target: TargetId, range: (u64, u64)) -> (Self, u64) {
-        let mut state = inner.state.lock();
-        let steps = state.step();
-        if let Some(target) = state.targets.get_mut(&target) {
-            target.in_flight.push(range);
-        }
-        drop(state);
-        let in_flight = Self {
-            inner,
-            target,
-            range,
-        };
-        (in_flight, steps)
-    }
-}
-
-impl Drop for InFlight<'_> {
-    fn drop(&mut self) {
-        self.inner.with_target(self.target, |target| {
-            target.in_flight.retain(|range| *range != self.range);
-        });
-        self.inner.settled.notify_all();
-    }
-}
-
-/// Has a target make a mapping. Needs no lock of the map's.
-fn call_map(driver: &Driver, request: MapRequest) -> Called {
-    let range = request.iova;
-    for _ in 0..REVOKED_TRIES {
-        let epoch = request.backing.epoch();
-        let outcome = driver.lock().map(&request);
-        match outcome {
-            Ok(()) if request.backing.epoch() == epoch => return Called::Mapped(request, epoch),
-            // Revoked meanwhile: whatever is there now is dead, or may be.
-            Ok(()) => {
-                if let Err(error) = driver.lock().unmap(range) {
-                    return Called::Unknown(request, Quarantine::Unmap { range, error });
-                }
-            }
-            Err(TargetError::Refused(reason)) => return Called::Refused(reason),
-            // Trying again helps only if the revocation is known to be over.
-            Err(TargetError::Revoked) if request.backing.epoch() == epoch => break,
-            Err(TargetError::Revoked) => {}
-            Err(error @ TargetError::Unknown(errno)) => {
-                // If it can be taken down, it was there and now is not.
-                if driver.lock().unmap(range).is_err() {
-                    return Called::Unknown(request, Quarantine::Map { range, error });
-                }
-                return Called::Refused(Reason::Kernel { errno, hint: None });
-            }
-        }
-    }
-    Called::Refused(Reason::Revoked)
 }
 
 /// What is to be told to the owner of a quarantined target once all locks are dropped.
@@ -155,23 +52,23 @@ pub(crate) struct PendingCutOff {
 
 /// One commit under way.
 pub(crate) struct Commit<'a, 'w> {
-    inner: &'a Inner,
+    pub(crate) inner: &'a Inner,
     /// None only while a host's commit has given it up.
     pub(crate) turn: Option<Turn<'a>>,
     /// The state's count of steps after this commit's own last one.
-    seen_steps: u64,
+    pub(crate) seen_steps: u64,
     /// Whether somebody else has taken a step in between.
-    interrupted: bool,
-    class: Class,
-    watch: &'a mut Watch<'w>,
-    progress: Progress,
-    journal: Vec<Done>,
+    pub(crate) interrupted: bool,
+    pub(crate) class: Class,
+    pub(crate) watch: &'a mut Watch<'w>,
+    pub(crate) progress: Progress,
+    pub(crate) journal: Vec<Done>,
     /// Failures of earlier commits in the dirty ranges, which are tried again.
-    forgotten: Vec<(TargetId, Vec<(u64, Failure)>)>,
+    pub(crate) forgotten: Vec<(TargetId, Vec<(u64, Failure)>)>,
     /// Backings that got a host address.
-    made: Vec<BackingId>,
+    pub(crate) made: Vec<BackingId>,
     /// What this commit could not map.
-    failed: Vec<(TargetId, u64, u64)>,
+    pub(crate) failed: Vec<(TargetId, u64, u64)>,
     pub(crate) report: Report,
     pub(crate) cut_offs: Vec<PendingCutOff>,
     pub(crate) leftovers: Leftovers,
@@ -181,10 +78,10 @@ pub(crate) struct Commit<'a, 'w> {
 /// no lock is held and the turn is over.
 #[derive(Default)]
 pub(crate) struct Leftovers {
-    entries: Vec<Entry>,
-    addresses: Vec<KeptAddress>,
-    layout: Vec<layout::Leftovers>,
-    targets: Vec<Target>,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) addresses: Vec<KeptAddress>,
+    pub(crate) layout: Vec<layout::Leftovers>,
+    pub(crate) targets: Vec<Target>,
 }
 
 impl<'a, 'w> Commit<'a, 'w> {
@@ -288,7 +185,7 @@ impl<'a, 'w> Commit<'a, 'w> {
     }
 
     /// Whether somebody else has taken a step since this was last asked.
-    fn was_interrupted(&mut self) -> bool {
+    pub(crate) fn was_interrupted(&mut self) -> bool {
         if self.class == Class::Guest {
             return false;
         }
@@ -434,7 +331,12 @@ impl<'a, 'w> Commit<'a, 'w> {
     }
 
     /// Makes a mapping, or records why not. Gives the turn up meanwhile if `yielding`.
-    fn map(&mut self, id: TargetId, new: NewMapping, yielding: bool) -> Result<(), ChangeError> {
+    pub(crate) fn map(
+        &mut self,
+        id: TargetId,
+        new: NewMapping,
+        yielding: bool,
+    ) -> Result<(), ChangeError> {
         let (start, size, kind, region) = (new.start, new.size(), new.kind, new.region);
         let (range, backing) = (iova(start, new.last), new.backing.id());
         let outcome = self.try_map(id, new, yielding)?;
@@ -467,102 +369,6 @@ impl<'a, 'w> Commit<'a, 'w> {
         Ok(())
     }
 
-    /// Makes a mapping and enters it in the ledger. `Ok(Some(_))` says why it is not there.
-    fn try_map(
-        &mut self,
-        id: TargetId,
-        new: NewMapping,
-        yielding: bool,
-    ) -> Result<Option<Reason>, ChangeError> {
-        let driver = match self.inner.driver_to_map(id) {
-            Ok(driver) => driver,
-            Err(reason) => return Ok(Some(reason)),
-        };
-        let needs_host = driver.lock().needs_host_address(&new.backing);
-        let host = if needs_host {
-            match self.inner.host_address(&new.backing) {
-                Ok((host, made)) => {
-                    if made {
-                        self.made.push(new.backing.id());
-                    }
-                    Some(host)
-                }
-                Err(errno) => return Ok(Some(Reason::NoHostAddress(errno))),
-            }
-        } else {
-            None
-        };
-        let request = MapRequest {
-            iova: iova(new.start, new.last),
-            access: new.access,
-            kind: new.kind,
-            backing: new.backing,
-            offset: new.offset,
-            host,
-        };
-        let in_flight = yielding.then(|| {
-            let (in_flight, steps) = InFlight::new(self.inner, id, (new.start, new.last));
-            self.seen_steps = steps;
-            self.turn = None;
-            in_flight
-        });
-        let called = call_map(&driver, request);
-        let (reason, why) = self.enter(id, new.start, new.region, called);
-        drop(in_flight);
-        if self.turn.is_none() {
-            self.turn = Some(self.inner.turns.take());
-        }
-        match why {
-            Some(why) => self.quarantine(id, why).map(|()| reason),
-            None => Ok(reason),
-        }
-    }
-
-    /// Enters in the ledger what is there, or may be. The ledger is exact before anybody can plan
-    /// with it again. Returns why the mapping is not there, and why the target is to be
-    /// quarantined.
-    fn enter(
-        &self,
-        id: TargetId,
-        start: u64,
-        region: RegionId,
-        called: Called,
-    ) -> (Option<Reason>, Option<Quarantine>) {
-        let (request, epoch, why) = match called {
-            Called::Refused(reason) => return (Some(reason), None),
-            Called::Mapped(request, epoch) => (request, epoch, None),
-            // Its pages stay, and the end of the target tries once more to take it down.
-            Called::Unknown(request, why) => {
-                let epoch = request.backing.epoch();
-                (request, epoch, Some(why))
-            }
-        };
-        let entry = Entry {
-            last: request.iova.last().raw(),
-            region,
-            kind: request.kind,
-            access: request.access,
-            backing: request.backing,
-            offset: request.offset,
-            epoch,
-            _host: request.host,
-        };
-        let mut entry = Some(entry);
-        self.inner.with_target(id, |target| {
-            // Quarantined at once, so that nobody takes it for a mapping like any other.
-            if target.quarantined.is_none() {
-                target.quarantined.clone_from(&why);
-            }
-            if let Some(entry) = entry.take() {
-                target.ledger.entries.insert(start, entry);
-            }
-        });
-        // Nobody unregisters a target while something is in flight to it; if it were gone all
-        // the same, the pages would have to stay.
-        entry.into_iter().for_each(std::mem::forget);
-        (why.as_ref().map(|_| Reason::Quarantined), why)
-    }
-
     fn refused(
         &self,
         id: TargetId,
@@ -583,7 +389,7 @@ impl<'a, 'w> Commit<'a, 'w> {
 
     /// Gives a target no more calls; its ledger keeps everything alive that it may still reach.
     /// For a host's change that is also the end of the change.
-    fn quarantine(&mut self, id: TargetId, why: Quarantine) -> Result<(), ChangeError> {
+    pub(crate) fn quarantine(&mut self, id: TargetId, why: Quarantine) -> Result<(), ChangeError> {
         let name = self.note_quarantine(id, &why);
         match self.class {
             Class::Guest => Ok(()),
@@ -591,7 +397,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         }
     }
 
-    fn note_quarantine(&mut self, id: TargetId, why: &Quarantine) -> TargetName {
+    pub(crate) fn note_quarantine(&mut self, id: TargetId, why: &Quarantine) -> TargetName {
         let mut state = self.inner.state.lock();
         let Some(target) = state.targets.get_mut(&id) else {
             return "a target that left".into();
@@ -604,186 +410,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         options.name
     }
 
-    /// Undoes what was done to the targets, and wraps `cause` if RAM was lost on the way. The
-    /// caller has reverted the layout. A revocation cannot be undone: what was mapped from
-    /// `revoked` is redone.
-    ///
-    /// If nobody else has committed in between, the steps are undone one by one, the last one
-    /// first, so that the targets hold the very same mappings as before; otherwise they are
-    /// brought to what the map now says.
-    pub(crate) fn undo(
-        &mut self,
-        cause: ChangeError,
-        targets: &[TargetId],
-        dirty: &[(u64, u64)],
-        revoked: &[Backing],
-    ) -> ChangeError {
-        self.was_interrupted();
-        // From here on nothing can be refused: there is nothing to go back to.
-        self.class = Class::Guest;
-        self.report.mappings.clear();
-        self.report.ram_missing.clear();
-        let journal = std::mem::take(&mut self.journal);
-        for (id, start, last) in std::mem::take(&mut self.failed) {
-            self.inner
-                .with_ledger(id, |ledger| drop(ledger.forget_failures(start, last)));
-        }
-        if self.interrupted {
-            // In this class it records what fails and does not end.
-            let _recorded = self.run(targets, dirty);
-        } else {
-            self.undo_steps(journal);
-        }
-        if !revoked.is_empty() {
-            let mut dirty = Vec::new();
-            let state = self.inner.state.lock();
-            for backing in revoked {
-                state.layout.mark_users(backing.id(), &mut dirty);
-            }
-            drop(state);
-            let _recorded = self.run(targets, &dirty);
-        }
-        let unmapped = self.inner.unmapped_addresses(&self.made);
-        self.leftovers.addresses.extend(unmapped);
-        match self.report.ram_missing.first().cloned() {
-            Some((id, range, reason)) => ChangeError::UndoLostRam {
-                cause: Box::new(cause),
-                target: self.inner.target_name(id),
-                range,
-                reason,
-            },
-            None => cause,
-        }
-    }
-
-    fn undo_steps(&mut self, journal: Vec<Done>) {
-        for (id, failures) in std::mem::take(&mut self.forgotten) {
-            self.inner.with_ledger(id, |ledger| {
-                for (at, failure) in failures {
-                    ledger.fail(at, failure.last, failure.reason);
-                }
-            });
-        }
-        let mut steps = journal.into_iter().rev().peekable();
-        while let Some(done) = steps.next() {
-            match done {
-                Done::Mapped(id, last_at) => {
-                    let mut run = vec![last_at];
-                    while let Some(Done::Mapped(_, at)) = steps.next_if(|before| {
-                        matches!(before, Done::Mapped(same, at) if *same == id
-                            && run.last().is_some_and(|after| self.joins(id, *at, *after)))
-                    }) {
-                        run.push(at);
-                    }
-                    run.reverse();
-                    self.undo_maps(id, run);
-                }
-                Done::Unmapped(id, entries) => {
-                    for (at, entry) in entries {
-                        self.undo_unmap(id, at, entry);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Whether one unmap may take down the mappings at `at` and at `after`, which follows it.
-    fn joins(&self, id: TargetId, at: u64, after: u64) -> bool {
-        let joins = self.inner.with_target(id, |target| {
-            let entry = target.ledger.entries.get(&at);
-            target.limits.unmap_spans
-                && entry.is_some_and(|entry| entry.last.checked_add(1) == Some(after))
-        });
-        joins == Some(true)
-    }
-
-    /// Takes down mappings that were made, which lie side by side.
-    fn undo_maps(&mut self, id: TargetId, run: Vec<u64>) {
-        let range = self.inner.with_ledger(id, |ledger| {
-            let (first, last) = (run.first()?, run.last()?);
-            Some((*first, ledger.entries.get(last)?.last))
-        });
-        let Some((start, last)) = range.flatten() else {
-            return;
-        };
-        let Some(driver) = self.inner.driver(id) else {
-            return;
-        };
-        let range = iova(start, last);
-        let outcome = driver.lock().unmap(range);
-        match outcome {
-            Ok(()) => {
-                let gone = self.inner.with_ledger(id, |ledger| {
-                    let remove = |at| ledger.entries.remove(&at);
-                    run.into_iter().filter_map(remove).collect::<Vec<_>>()
-                });
-                self.leftovers.entries.extend(gone.unwrap_or_default());
-            }
-            Err(error) => {
-                self.note_quarantine(id, &Quarantine::Unmap { range, error });
-            }
-        }
-    }
-
-    fn undo_unmap(&mut self, id: TargetId, at: u64, entry: Entry) {
-        let new = NewMapping {
-            start: at,
-            last: entry.last,
-            region: entry.region,
-            kind: entry.kind,
-            access: entry.access,
-            backing: entry.backing.clone(),
-            offset: entry.offset,
-        };
-        // In this class a map records its failure and does not end the commit.
-        let _recorded = self.map(id, new, false);
-    }
-
-    /// Takes everything down that a target holds, and ends it. A quarantined one is tried once
-    /// more; what cannot be taken down stays alive for ever.
-    pub(crate) fn tear_down(&mut self, id: TargetId, mut target: Target) {
-        let spans = target.limits.unmap_spans && target.quarantined.is_none();
-        let mut next = Some(0);
-        while let Some(from) = next {
-            let mut run: Vec<u64> = Vec::new();
-            let mut end = None;
-            for (&at, entry) in target.ledger.entries.range(from..) {
-                let goes_on = spans && end == Some(at);
-                if !(run.is_empty() || goes_on) {
-                    break;
-                }
-                run.push(at);
-                end = entry.last.checked_add(1);
-            }
-            let Some(&start) = run.first() else { break };
-            let range = iova(start, end.map_or(u64::MAX, |end| end.wrapping_sub(1)));
-            next = end;
-            // What is still in the ledger is never dropped, whatever happens in this call.
-            let outcome = target.driver.lock().unmap(range);
-            match outcome {
-                Ok(()) => {
-                    let remove = |at| Some((at, target.ledger.entries.remove(&at)?));
-                    let gone: Vec<_> = run.into_iter().filter_map(remove).collect();
-                    self.report_unmapped(id, &gone);
-                    let entries = gone.into_iter().map(|(_, entry)| entry);
-                    self.leftovers.entries.extend(entries);
-                }
-                Err(error) => {
-                    let why = Quarantine::Unmap { range, error };
-                    if target.quarantined.is_none() {
-                        self.cut_off(&target.options, &why);
-                        target.quarantined = Some(why.clone());
-                    }
-                    self.report.quarantined.push((id, why));
-                }
-            }
-        }
-        self.leftovers.targets.push(target);
-        let unneeded = self.inner.unneeded_addresses();
-        self.leftovers.addresses.extend(unneeded);
-    }
-
-    fn report_unmapped(&mut self, id: TargetId, gone: &[(u64, Entry)]) {
+    pub(crate) fn report_unmapped(&mut self, id: TargetId, gone: &[(u64, Entry)]) {
         let changes = gone.iter().map(|(at, entry)| MappingChange {
             target: id,
             iova: iova(*at, entry.last),
@@ -793,7 +420,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         self.report.mappings.extend(changes);
     }
 
-    fn cut_off(&mut self, options: &TargetOptions, why: &Quarantine) {
+    pub(crate) fn cut_off(&mut self, options: &TargetOptions, why: &Quarantine) {
         if let Some(cut_off) = options.cut_off.clone() {
             self.cut_offs.push(PendingCutOff {
                 cut_off,
@@ -840,7 +467,8 @@ impl Inner {
             backings,
             revoked,
         } = applied;
-        let busy = Busy::new(self, class, &touched);
+        // A guest's commit keeps its turn, so nobody can come near its regions.
+        let busy = (class == Class::Host).then(|| Busy::new(self, &touched));
         let mut commit = Commit::new(self, turn, class, watch);
         let outcome = match commit.run(&targets, &dirty) {
             Ok(()) => {
@@ -896,27 +524,6 @@ impl Inner {
             }
             let targets = state.targets_in_order();
             return Ok((turn, applied, targets));
-        }
-    }
-
-    /// Locks the state once nothing is in flight in the dirty ranges, so that the ledgers are exact
-    /// there. What is in flight lands without a turn; nobody else takes off, for the caller has it.
-    fn landed(&self, dirty: &[(u64, u64)]) -> MutexGuard<'_, State> {
-        let mut state = self.state.lock();
-        while state.is_in_flight(dirty) {
-            self.settled.wait(&mut state);
-        }
-        state
-    }
-
-    /// Waits until nothing is in flight to a target.
-    pub(crate) fn wait_until_landed(&self, state: &mut MutexGuard<'_, State>, id: TargetId) {
-        while state
-            .targets
-            .get(&id)
-            .is_some_and(|target| !target.in_flight.is_empty())
-        {
-            self.settled.wait(state);
         }
     }
 }

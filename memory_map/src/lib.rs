@@ -143,6 +143,7 @@ mod errno;
 mod layout;
 mod ledger;
 mod manager;
+mod mapping;
 mod plan;
 mod query;
 mod reach;
@@ -154,6 +155,7 @@ mod subscription;
 mod sync;
 mod translation;
 mod turn;
+mod undo;
 mod view;
 
 pub use address::{Address, AddressRange, Gpa, GpaRange, HostVa, Iova, IovaRange, RangeError};

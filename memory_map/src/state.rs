@@ -26,7 +26,7 @@ use crate::layout::Layout;
 use crate::ledger::Ledger;
 use crate::plan::whole_pages;
 use crate::subscription::Subscribers;
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::translation::Viewer;
 use crate::turn::Turns;
 use crate::{
@@ -175,5 +175,86 @@ impl Inner {
     pub(crate) fn target_name(&self, id: TargetId) -> TargetName {
         self.with_target(id, |target| target.options.name.clone())
             .unwrap_or_else(|| "a target that left".into())
+    }
+}
+
+impl Inner {
+    /// Locks the state once nothing is in flight in the dirty ranges, so that the ledgers are exact
+    /// there. What is in flight lands without a turn; nobody else takes off, for the caller has it.
+    pub(crate) fn landed(&self, dirty: &[(u64, u64)]) -> MutexGuard<'_, State> {
+        let mut state = self.state.lock();
+        while state.is_in_flight(dirty) {
+            self.settled.wait(&mut state);
+        }
+        state
+    }
+
+    /// Waits until nothing is in flight to a target.
+    pub(crate) fn wait_until_landed(&self, state: &mut MutexGuard<'_, State>, id: TargetId) {
+        while state
+            .targets
+            .get(&id)
+            .is_some_and(|target| !target.in_flight.is_empty())
+        {
+            self.settled.wait(state);
+        }
+    }
+}
+
+/// Regions that belong to an unfinished host's commit, until this is dropped.
+pub(crate) struct Busy<'a> {
+    inner: &'a Inner,
+    regions: &'a [RegionId],
+}
+
+impl<'a> Busy<'a> {
+    /// The regions have been entered in [`State::busy`].
+    pub(crate) fn new(inner: &'a Inner, regions: &'a [RegionId]) -> Self {
+        Self { inner, regions }
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        let mut state = self.inner.state.lock();
+        for region in self.regions {
+            state.busy.remove(region);
+        }
+        drop(state);
+        self.inner.settled.notify_all();
+    }
+}
+
+/// A mapping is being made without a turn, until this is dropped.
+pub(crate) struct InFlight<'a> {
+    inner: &'a Inner,
+    target: TargetId,
+    range: (u64, u64),
+}
+
+impl<'a> InFlight<'a> {
+    /// Takes off, and tells the count of steps.
+    pub(crate) fn new(inner: &'a Inner, target: TargetId, range: (u64, u64)) -> (Self, u64) {
+        let mut state = inner.state.lock();
+        let steps = state.step();
+        if let Some(target) = state.targets.get_mut(&target) {
+            target.in_flight.push(range);
+        }
+        drop(state);
+        let in_flight = Self {
+            inner,
+            target,
+            range,
+        };
+        (in_flight, steps)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.inner.with_target(self.target, |target| {
+            target.in_flight.retain(|range| *range != self.range);
+        });
+        self.inner.settled.notify_all();
     }
 }

@@ -1,0 +1,149 @@
+//! Making one mapping: the call to the target, with or without the turn, and its ledger entry.
+
+use crate::commit::Commit;
+use crate::ledger::Entry;
+use crate::plan::NewMapping;
+use crate::state::{Driver, InFlight};
+use crate::translation::iova;
+use crate::{ChangeError, Epoch, MapRequest, Quarantine, Reason, RegionId, TargetError, TargetId};
+
+/// How often a mapping is tried that is revoked while it is being made.
+const REVOKED_TRIES: usize = 3;
+
+/// How a call to map ended.
+enum Called {
+    /// Made in one epoch of its backing.
+    Mapped(MapRequest, Epoch),
+    /// Not there.
+    Refused(Reason),
+    /// May be there.
+    Unknown(MapRequest, Quarantine),
+}
+
+/// Has a target make a mapping. Needs no lock of the map's.
+fn call_map(driver: &Driver, request: MapRequest) -> Called {
+    let range = request.iova;
+    for _ in 0..REVOKED_TRIES {
+        let epoch = request.backing.epoch();
+        let outcome = driver.lock().map(&request);
+        match outcome {
+            Ok(()) if request.backing.epoch() == epoch => return Called::Mapped(request, epoch),
+            // Revoked meanwhile: whatever is there now is dead, or may be.
+            Ok(()) => {
+                if let Err(error) = driver.lock().unmap(range) {
+                    return Called::Unknown(request, Quarantine::Unmap { range, error });
+                }
+            }
+            Err(TargetError::Refused(reason)) => return Called::Refused(reason),
+            // Trying again helps only if the revocation is known to be over.
+            Err(TargetError::Revoked) if request.backing.epoch() == epoch => break,
+            Err(TargetError::Revoked) => {}
+            Err(error @ TargetError::Unknown(errno)) => {
+                // If it can be taken down, it was there and now is not.
+                if driver.lock().unmap(range).is_err() {
+                    return Called::Unknown(request, Quarantine::Map { range, error });
+                }
+                return Called::Refused(Reason::Kernel { errno, hint: None });
+            }
+        }
+    }
+    Called::Refused(Reason::Revoked)
+}
+
+impl Commit<'_, '_> {
+    /// Makes a mapping and enters it in the ledger. `Ok(Some(_))` says why it is not there.
+    pub(crate) fn try_map(
+        &mut self,
+        id: TargetId,
+        new: NewMapping,
+        yielding: bool,
+    ) -> Result<Option<Reason>, ChangeError> {
+        let driver = match self.inner.driver_to_map(id) {
+            Ok(driver) => driver,
+            Err(reason) => return Ok(Some(reason)),
+        };
+        let needs_host = driver.lock().needs_host_address(&new.backing);
+        let host = if needs_host {
+            match self.inner.host_address(&new.backing) {
+                Ok((host, made)) => {
+                    if made {
+                        self.made.push(new.backing.id());
+                    }
+                    Some(host)
+                }
+                Err(errno) => return Ok(Some(Reason::NoHostAddress(errno))),
+            }
+        } else {
+            None
+        };
+        let request = MapRequest {
+            iova: iova(new.start, new.last),
+            access: new.access,
+            kind: new.kind,
+            backing: new.backing,
+            offset: new.offset,
+            host,
+        };
+        let in_flight = yielding.then(|| {
+            let (in_flight, steps) = InFlight::new(self.inner, id, (new.start, new.last));
+            self.seen_steps = steps;
+            self.turn = None;
+            in_flight
+        });
+        let called = call_map(&driver, request);
+        let (reason, why) = self.enter(id, new.start, new.region, called);
+        drop(in_flight);
+        if self.turn.is_none() {
+            self.turn = Some(self.inner.turns.take());
+        }
+        match why {
+            Some(why) => self.quarantine(id, why).map(|()| reason),
+            None => Ok(reason),
+        }
+    }
+
+    /// Enters in the ledger what is there, or may be. The ledger is exact before anybody can plan
+    /// with it again. Returns why the mapping is not there, and why the target is to be
+    /// quarantined.
+    fn enter(
+        &self,
+        id: TargetId,
+        start: u64,
+        region: RegionId,
+        called: Called,
+    ) -> (Option<Reason>, Option<Quarantine>) {
+        let (request, epoch, why) = match called {
+            Called::Refused(reason) => return (Some(reason), None),
+            Called::Mapped(request, epoch) => (request, epoch, None),
+            // Its pages stay, and the end of the target tries once more to take it down.
+            Called::Unknown(request, why) => {
+                let epoch = request.backing.epoch();
+                (request, epoch, Some(why))
+            }
+        };
+        let entry = Entry {
+            last: request.iova.last().raw(),
+            region,
+            kind: request.kind,
+            access: request.access,
+            backing: request.backing,
+            offset: request.offset,
+            epoch,
+            _host: request.host,
+        };
+        let mut entry = Some(entry);
+        self.inner.with_target(id, |target| {
+            // Quarantined at once, so that nobody takes it for a mapping like any other.
+            if target.quarantined.is_none() {
+                target.quarantined.clone_from(&why);
+            }
+            if let Some(entry) = entry.take() {
+                target.ledger.entries.insert(start, entry);
+            }
+        });
+        // Nobody unregisters a target while something is in flight to it; if it were gone all
+        // the same, the pages would have to stay.
+        entry.into_iter().for_each(std::mem::forget);
+        (why.as_ref().map(|_| Reason::Quarantined), why)
+    }
+}

@@ -1,0 +1,189 @@
+//! Taking steps back: the undo of a host's change, and the end of a target.
+
+use crate::commit::{Class, Commit, Done};
+use crate::ledger::Entry;
+use crate::plan::NewMapping;
+use crate::state::Target;
+use crate::translation::iova;
+use crate::{Backing, ChangeError, Quarantine, TargetId};
+
+impl Commit<'_, '_> {
+    /// Undoes what was done to the targets, and wraps `cause` if RAM was lost on the way. The
+    /// caller has reverted the layout. A revocation cannot be undone: what was mapped from
+    /// `revoked` is redone.
+    ///
+    /// If nobody else has committed in between, the steps are undone one by one, the last one
+    /// first, so that the targets hold the very same mappings as before; otherwise they are
+    /// brought to what the map now says.
+    pub(crate) fn undo(
+        &mut self,
+        cause: ChangeError,
+        targets: &[TargetId],
+        dirty: &[(u64, u64)],
+        revoked: &[Backing],
+    ) -> ChangeError {
+        self.was_interrupted();
+        // From here on nothing can be refused: there is nothing to go back to.
+        self.class = Class::Guest;
+        self.report.mappings.clear();
+        self.report.ram_missing.clear();
+        let journal = std::mem::take(&mut self.journal);
+        for (id, start, last) in std::mem::take(&mut self.failed) {
+            self.inner
+                .with_ledger(id, |ledger| drop(ledger.forget_failures(start, last)));
+        }
+        if self.interrupted {
+            // In this class it records what fails and does not end.
+            let _recorded = self.run(targets, dirty);
+        } else {
+            self.undo_steps(journal);
+        }
+        if !revoked.is_empty() {
+            let mut dirty = Vec::new();
+            let state = self.inner.state.lock();
+            for backing in revoked {
+                state.layout.mark_users(backing.id(), &mut dirty);
+            }
+            drop(state);
+            let _recorded = self.run(targets, &dirty);
+        }
+        let unmapped = self.inner.unmapped_addresses(&self.made);
+        self.leftovers.addresses.extend(unmapped);
+        match self.report.ram_missing.first().cloned() {
+            Some((id, range, reason)) => ChangeError::UndoLostRam {
+                cause: Box::new(cause),
+                target: self.inner.target_name(id),
+                range,
+                reason,
+            },
+            None => cause,
+        }
+    }
+
+    fn undo_steps(&mut self, journal: Vec<Done>) {
+        for (id, failures) in std::mem::take(&mut self.forgotten) {
+            self.inner.with_ledger(id, |ledger| {
+                for (at, failure) in failures {
+                    ledger.fail(at, failure.last, failure.reason);
+                }
+            });
+        }
+        let mut steps = journal.into_iter().rev().peekable();
+        while let Some(done) = steps.next() {
+            match done {
+                Done::Mapped(id, last_at) => {
+                    let mut run = vec![last_at];
+                    while let Some(Done::Mapped(_, at)) = steps.next_if(|before| {
+                        matches!(before, Done::Mapped(same, at) if *same == id
+                            && run.last().is_some_and(|after| self.joins(id, *at, *after)))
+                    }) {
+                        run.push(at);
+                    }
+                    run.reverse();
+                    self.undo_maps(id, run);
+                }
+                Done::Unmapped(id, entries) => {
+                    for (at, entry) in entries {
+                        self.undo_unmap(id, at, entry);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether one unmap may take down the mappings at `at` and at `after`, which follows it.
+    fn joins(&self, id: TargetId, at: u64, after: u64) -> bool {
+        let joins = self.inner.with_target(id, |target| {
+            let entry = target.ledger.entries.get(&at);
+            target.limits.unmap_spans
+                && entry.is_some_and(|entry| entry.last.checked_add(1) == Some(after))
+        });
+        joins == Some(true)
+    }
+
+    /// Takes down mappings that were made, which lie side by side.
+    fn undo_maps(&mut self, id: TargetId, run: Vec<u64>) {
+        let range = self.inner.with_ledger(id, |ledger| {
+            let (first, last) = (run.first()?, run.last()?);
+            Some((*first, ledger.entries.get(last)?.last))
+        });
+        let Some((start, last)) = range.flatten() else {
+            return;
+        };
+        let Some(driver) = self.inner.driver(id) else {
+            return;
+        };
+        let range = iova(start, last);
+        let outcome = driver.lock().unmap(range);
+        match outcome {
+            Ok(()) => {
+                let gone = self.inner.with_ledger(id, |ledger| {
+                    let remove = |at| ledger.entries.remove(&at);
+                    run.into_iter().filter_map(remove).collect::<Vec<_>>()
+                });
+                self.leftovers.entries.extend(gone.unwrap_or_default());
+            }
+            Err(error) => {
+                self.note_quarantine(id, &Quarantine::Unmap { range, error });
+            }
+        }
+    }
+
+    fn undo_unmap(&mut self, id: TargetId, at: u64, entry: Entry) {
+        let new = NewMapping {
+            start: at,
+            last: entry.last,
+            region: entry.region,
+            kind: entry.kind,
+            access: entry.access,
+            backing: entry.backing.clone(),
+            offset: entry.offset,
+        };
+        // In this class a map records its failure and does not end the commit.
+        let _recorded = self.map(id, new, false);
+    }
+
+    /// Takes everything down that a target holds, and ends it. A quarantined one is tried once
+    /// more; what cannot be taken down stays alive for ever.
+    pub(crate) fn tear_down(&mut self, id: TargetId, mut target: Target) {
+        let spans = target.limits.unmap_spans && target.quarantined.is_none();
+        let mut next = Some(0);
+        while let Some(from) = next {
+            let mut run: Vec<u64> = Vec::new();
+            let mut end = None;
+            for (&at, entry) in target.ledger.entries.range(from..) {
+                let goes_on = spans && end == Some(at);
+                if !(run.is_empty() || goes_on) {
+                    break;
+                }
+                run.push(at);
+                end = entry.last.checked_add(1);
+            }
+            let Some(&start) = run.first() else { break };
+            let range = iova(start, end.map_or(u64::MAX, |end| end.wrapping_sub(1)));
+            next = end;
+            // What is still in the ledger is never dropped, whatever happens in this call.
+            let outcome = target.driver.lock().unmap(range);
+            match outcome {
+                Ok(()) => {
+                    let remove = |at| Some((at, target.ledger.entries.remove(&at)?));
+                    let gone: Vec<_> = run.into_iter().filter_map(remove).collect();
+                    self.report_unmapped(id, &gone);
+                    let entries = gone.into_iter().map(|(_, entry)| entry);
+                    self.leftovers.entries.extend(entries);
+                }
+                Err(error) => {
+                    let why = Quarantine::Unmap { range, error };
+                    if target.quarantined.is_none() {
+                        self.cut_off(&target.options, &why);
+                        target.quarantined = Some(why.clone());
+                    }
+                    self.report.quarantined.push((id, why));
+                }
+            }
+        }
+        self.leftovers.targets.push(target);
+        let unneeded = self.inner.unneeded_addresses();
+        self.leftovers.addresses.extend(unneeded);
+    }
+}
