@@ -6,6 +6,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -23,6 +24,36 @@ pub trait BackingObject: Any + Send + Sync + fmt::Debug {
     /// # Errors
     /// The errno of the refusal.
     fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno>;
+
+    /// The file that the object lies in, for consumers that map by file and offset: a memfd, or
+    /// a device's dma-buf, which may be exported at the first call. Called while mapping, never
+    /// under the map's lock; the file stays open for as long as the object lives.
+    ///
+    /// # Errors
+    /// Why there is none. Unless a backing says otherwise, it is memory without a file.
+    fn file(&self) -> Result<BackingFile<'_>, NoFile> {
+        Err(NoFile::Anonymous)
+    }
+}
+
+/// Where in a file a backing lies.
+#[derive(Debug, Clone, Copy)]
+pub struct BackingFile<'a> {
+    /// The file.
+    pub fd: BorrowedFd<'a>,
+    /// Where in it the backing's first byte is, in bytes.
+    pub offset: u64,
+}
+
+/// Why a backing has no file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoFile {
+    /// It is memory of this process that lies in no file: it can be mapped by its address.
+    #[error("it lies in no file")]
+    Anonymous,
+    /// It is a device's, and the device exports no dma-buf for it.
+    #[error("{0}")]
+    NotExported(Arc<str>),
 }
 
 /// A backing's pages at a host address. Dropping it takes the address away.
@@ -120,6 +151,14 @@ impl Backing {
     pub fn downcast_ref<T: BackingObject>(&self) -> Option<&T> {
         let object: &dyn Any = &*self.0.object;
         object.downcast_ref()
+    }
+
+    /// The file that it lies in.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn file(&self) -> Result<BackingFile<'_>, NoFile> {
+        self.0.object.file()
     }
 
     pub(crate) fn map_host(&self) -> Result<HostAddress, Errno> {

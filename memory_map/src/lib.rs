@@ -159,7 +159,9 @@ mod undo;
 mod view;
 
 pub use address::{Address, AddressRange, Gpa, GpaRange, HostVa, Iova, IovaRange, RangeError};
-pub use backing::{Backing, BackingId, BackingObject, Epoch, HostAddress, HostMapping};
+pub use backing::{
+    Backing, BackingFile, BackingId, BackingObject, Epoch, HostAddress, HostMapping, NoFile,
+};
 pub use change::{Action, Change, ChangeError, InvalidChange, MappingChange, Progress, Report};
 pub use consumer::{
     ConsumerKind, CutOff, DmaTarget, Filter, Label, MapRequest, Quarantine, SharingConsumer,
