@@ -15,8 +15,9 @@ use crate::addresses::KeptAddress;
 use crate::change::Operation;
 use crate::layout::{self, Applied};
 use crate::ledger::{Entry, Failure};
+use crate::mapping::call_unmap;
 use crate::plan::{NewMapping, Plan, Unmap, plan, whole_pages};
-use crate::state::{Busy, Inner, Target};
+use crate::state::{Busy, Driver, Inner, Target, TargetIds};
 use crate::subscription::Wakes;
 use crate::translation::{Unmappable, iova};
 use crate::turn::Turn;
@@ -40,7 +41,20 @@ pub(crate) enum Class {
 /// A step that has been done and may have to be undone.
 pub(crate) enum Done {
     Mapped(TargetId, u64),
-    Unmapped(TargetId, Vec<(u64, Entry)>),
+    Unmapped(TargetId, Entries),
+}
+
+/// Ledger entries by their first address; mostly one.
+pub(crate) type Entries = SmallVec<[(u64, Entry); 1]>;
+
+/// Mappings still to be made.
+type Later = SmallVec<[(TargetId, NewMapping); 2]>;
+
+/// The calls that bring one target up to date, and how to call it.
+struct Planned {
+    target: TargetId,
+    driver: Driver,
+    plan: Plan,
 }
 
 /// What is to be told to the owner of a quarantined target once all locks are dropped.
@@ -62,7 +76,7 @@ pub(crate) struct Commit<'a, 'w> {
     pub(crate) class: Class,
     pub(crate) watch: &'a mut Watch<'w>,
     pub(crate) progress: Progress,
-    pub(crate) journal: Vec<Done>,
+    pub(crate) journal: SmallVec<[Done; 2]>,
     /// Failures of earlier commits in the dirty ranges, which are tried again.
     pub(crate) forgotten: Vec<(TargetId, Vec<(u64, Failure)>)>,
     /// Backings that got a host address.
@@ -92,7 +106,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         class: Class,
         watch: &'a mut Watch<'w>,
     ) -> Self {
-        let seen_steps = inner.state.lock().step();
+        let seen_steps = inner.step();
         Self {
             inner,
             turn: Some(turn),
@@ -101,7 +115,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             class,
             watch,
             progress: Progress { done: 0, total: 0 },
-            journal: Vec::new(),
+            journal: SmallVec::new(),
             forgotten: Vec::new(),
             made: Vec::new(),
             failed: Vec::new(),
@@ -122,13 +136,22 @@ impl<'a, 'w> Commit<'a, 'w> {
         dirty: &[(u64, u64)],
     ) -> Result<(), ChangeError> {
         let plans = self.plan(targets, dirty)?;
-        let bytes = plans.iter().map(|(_, plan)| plan.bytes());
+        let bytes = plans.iter().map(|planned| planned.plan.bytes());
         self.progress.total = bytes.fold(0, u64::saturating_add);
-        let mut later: Vec<(TargetId, NewMapping)> = Vec::new();
-        for (target, plan) in plans {
+        let steps = plans.iter().map(|planned| planned.plan.steps());
+        let steps = steps.fold(0, usize::saturating_add);
+        self.report.mappings.reserve(steps);
+        self.journal.reserve(steps);
+        let mut later = Later::new();
+        for Planned {
+            target,
+            driver,
+            plan,
+        } in plans
+        {
             for unmap in plan.down {
                 self.watched()?;
-                if !self.unmap(target, unmap)? {
+                if !self.unmap(target, &driver, unmap)? {
                     break;
                 }
             }
@@ -142,7 +165,7 @@ impl<'a, 'w> Commit<'a, 'w> {
     /// Makes mappings, the last one first.
     fn map_all(
         &mut self,
-        mut later: Vec<(TargetId, NewMapping)>,
+        mut later: Later,
         targets: &[TargetId],
         dirty: &[(u64, u64)],
     ) -> Result<(), ChangeError> {
@@ -189,7 +212,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         if self.class == Class::Guest {
             return false;
         }
-        let steps = self.inner.state.lock().steps;
+        let steps = self.inner.steps();
         let interrupted = steps != self.seen_steps;
         self.seen_steps = steps;
         self.interrupted |= interrupted;
@@ -198,9 +221,9 @@ impl<'a, 'w> Commit<'a, 'w> {
 
     /// What is still to be mapped, the last one first: somebody else may have mapped some of it,
     /// or covered it. BARs that were refused already are not tried again.
-    fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Vec<(TargetId, NewMapping)> {
+    fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Later {
         let state = self.inner.landed(dirty);
-        let mut later = Vec::new();
+        let mut later = Later::new();
         for &id in targets {
             let Some(target) = state.targets.get(&id) else {
                 continue;
@@ -224,8 +247,8 @@ impl<'a, 'w> Commit<'a, 'w> {
         &mut self,
         targets: &[TargetId],
         dirty: &[(u64, u64)],
-    ) -> Result<Vec<(TargetId, Plan)>, ChangeError> {
-        let mut plans = Vec::with_capacity(targets.len());
+    ) -> Result<SmallVec<[Planned; 1]>, ChangeError> {
+        let mut plans: SmallVec<[Planned; 1]> = SmallVec::new();
         let mut state = self.inner.landed(dirty);
         let state = &mut *state;
         for &id in targets {
@@ -257,27 +280,35 @@ impl<'a, 'w> Commit<'a, 'w> {
                     self.report.ram_missing.push(missing);
                 }
             }
-            plans.push((id, plan, dirty));
+            plans.push(Planned {
+                target: id,
+                driver: target.driver.clone(),
+                plan,
+            });
         }
-        Ok(plans
-            .into_iter()
-            .map(|(id, plan, dirty)| {
-                if let Some(target) = state.targets.get_mut(&id) {
-                    for (start, last) in dirty {
-                        let forgotten = target.ledger.forget_failures(start, last);
-                        if !forgotten.is_empty() {
-                            self.forgotten.push((id, forgotten));
-                        }
-                    }
-                    for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
-                        let (start, last) = (piece.start, piece.last);
-                        target.ledger.fail(start, last, piece.reason.clone());
-                        self.failed.push((id, start, last));
+        // Nothing is refused from here on.
+        for Planned {
+            target: id, plan, ..
+        } in &plans
+        {
+            let Some(target) = state.targets.get_mut(id) else {
+                continue;
+            };
+            if target.ledger.has_failures() {
+                for (start, last) in whole_pages(dirty, target.limits.page_size) {
+                    let forgotten = target.ledger.forget_failures(start, last);
+                    if !forgotten.is_empty() {
+                        self.forgotten.push((*id, forgotten));
                     }
                 }
-                (id, plan)
-            })
-            .collect())
+            }
+            for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
+                let (start, last) = (piece.start, piece.last);
+                target.ledger.fail(start, last, piece.reason.clone());
+                self.failed.push((*id, start, last));
+            }
+        }
+        Ok(plans)
     }
 
     /// Notes that RAM is missing in a target. A target that is still joining, and RAM that is
@@ -299,18 +330,17 @@ impl<'a, 'w> Commit<'a, 'w> {
 
     /// Takes mappings down, and makes again what only had to make way. Returns whether the
     /// target can go on.
-    fn unmap(&mut self, id: TargetId, unmap: Unmap) -> Result<bool, ChangeError> {
+    fn unmap(&mut self, id: TargetId, driver: &Driver, unmap: Unmap) -> Result<bool, ChangeError> {
         let range = iova(unmap.start, unmap.last);
         let bisects = unmap.bisects();
-        let Some(driver) = self.inner.driver(id) else {
+        let Some(outcome) = call_unmap(driver, range) else {
             return Ok(false);
         };
-        let outcome = driver.lock().unmap(range);
         if let Err(error) = outcome {
             let why = Quarantine::Unmap { range, error };
             return self.quarantine(id, why).map(|()| false);
         }
-        let gone: Vec<(u64, Entry)> = self
+        let gone: Entries = self
             .inner
             .with_ledger(id, |ledger| {
                 let remove = |at| Some((at, ledger.entries.remove(&at)?));
@@ -499,7 +529,7 @@ impl Inner {
         operations: &mut [Operation],
         touched: &[RegionId],
         class: Class,
-    ) -> Result<(Turn<'_>, Applied, Vec<TargetId>), InvalidChange> {
+    ) -> Result<(Turn<'_>, Applied, TargetIds), InvalidChange> {
         loop {
             let turn = self.turns.take();
             let mut state = self.state.lock();

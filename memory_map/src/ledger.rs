@@ -57,6 +57,11 @@ impl Ledger {
         overlapping(&self.entries, start, last, |entry| entry.last)
     }
 
+    /// Whether it refused anything that it should hold.
+    pub(crate) fn has_failures(&self) -> bool {
+        !self.failures.is_empty()
+    }
+
     /// Notes that the target does not hold `start..=last` although it should.
     pub(crate) fn fail(&mut self, start: u64, last: u64, reason: Reason) {
         drop(self.forget_failures(start, last));
@@ -71,7 +76,7 @@ impl Ledger {
 
     /// Forgets the failures in `start..=last`, and returns what was forgotten.
     pub(crate) fn forget_failures(&mut self, start: u64, last: u64) -> Vec<(u64, Failure)> {
-        if self.failures.is_empty() {
+        if !self.has_failures() {
             return Vec::new();
         }
         let from = match self.failures.range(..=start).next_back() {

@@ -144,6 +144,7 @@ mod layout;
 mod ledger;
 mod manager;
 mod mapping;
+mod pages;
 mod plan;
 mod query;
 mod reach;

@@ -50,17 +50,20 @@ impl NewMapping {
 
     /// Cuts it at multiples of `largest`, a power of two.
     fn cut(self, largest: u64) -> impl Iterator<Item = Self> {
-        let mut next = Some(self.start);
+        let mut rest = Some(self);
         std::iter::from_fn(move || {
-            let start = next.filter(|&start| start <= self.last)?;
-            let last = (start | largest.wrapping_sub(1)).min(self.last);
-            next = last.checked_add(1);
-            Some(Self {
-                start,
-                last,
-                offset: self.offset.wrapping_add(start.wrapping_sub(self.start)),
-                ..self.clone()
-            })
+            let mut piece = rest.take()?;
+            let last = piece.start | largest.wrapping_sub(1);
+            if last < piece.last {
+                let start = last.wrapping_add(1);
+                rest = Some(Self {
+                    start,
+                    offset: piece.offset.wrapping_add(start.wrapping_sub(piece.start)),
+                    ..piece.clone()
+                });
+                piece.last = last;
+            }
+            Some(piece)
         })
     }
 
@@ -106,6 +109,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// How many mappings will be taken down or made.
+    pub(crate) fn steps(&self) -> usize {
+        let down = self.down.iter();
+        let down = down.map(|unmap| unmap.entries.len().saturating_add(unmap.again.len()));
+        down.fold(self.up.len(), usize::saturating_add)
+    }
+
     /// How many bytes will be mapped.
     pub(crate) fn bytes(&self) -> u64 {
         let again = self.down.iter().flat_map(|unmap| &unmap.again);

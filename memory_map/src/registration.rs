@@ -7,8 +7,7 @@ use smallvec::SmallVec;
 
 use crate::commit::{Class, Commit, Watch};
 use crate::ledger::Ledger;
-use crate::state::{Inner, Target};
-use crate::sync::Mutex;
+use crate::state::{Callee, Inner, Target};
 use crate::translation::check_limits;
 use crate::{
     ChangeError, DmaTarget, InvalidChange, Report, TargetId, TargetLimits, TargetName,
@@ -61,7 +60,7 @@ impl Inner {
             kind: options.kind,
             options,
             limits,
-            driver: Arc::new(Mutex::new(driver)),
+            driver: Callee::driver(driver),
             ledger: Ledger::default(),
             quarantined: None,
             joining: true,
@@ -117,7 +116,7 @@ impl Inner {
             let target = state.targets.get(&id).ok_or_else(unknown)?;
             (target.driver.clone(), target.options.name.clone())
         };
-        let limits = limits_of(&**driver.lock(), &name)?;
+        let limits = limits_of(driver.lock().even_if_stopped(), &name)?;
         let before = self
             .with_target(id, |target| std::mem::replace(&mut target.limits, limits))
             .ok_or_else(unknown)?;

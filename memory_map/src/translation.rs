@@ -1,6 +1,7 @@
 //! What a target should hold: the flat view, cut to what the target can map.
 
-use crate::layout::{Layout, Pages, Region};
+use crate::layout::{Layout, Region};
+use crate::pages::Pages;
 use crate::view::Seen;
 use crate::{Access, Backing, Filter, Iova, IovaRange, Reason, RegionId, RegionKind, TargetLimits};
 

@@ -2,6 +2,7 @@
 
 use crate::commit::{Class, Commit, Done};
 use crate::ledger::Entry;
+use crate::mapping::call_unmap;
 use crate::plan::NewMapping;
 use crate::state::Target;
 use crate::translation::iova;
@@ -36,7 +37,7 @@ impl Commit<'_, '_> {
             // In this class it records what fails and does not end.
             let _recorded = self.run(targets, dirty);
         } else {
-            self.undo_steps(journal);
+            self.undo_steps(journal.into_iter());
         }
         if !revoked.is_empty() {
             let mut dirty = Vec::new();
@@ -60,7 +61,7 @@ impl Commit<'_, '_> {
         }
     }
 
-    fn undo_steps(&mut self, journal: Vec<Done>) {
+    fn undo_steps(&mut self, journal: impl DoubleEndedIterator<Item = Done>) {
         for (id, failures) in std::mem::take(&mut self.forgotten) {
             self.inner.with_ledger(id, |ledger| {
                 for (at, failure) in failures {
@@ -68,7 +69,7 @@ impl Commit<'_, '_> {
                 }
             });
         }
-        let mut steps = journal.into_iter().rev().peekable();
+        let mut steps = journal.rev().peekable();
         while let Some(done) = steps.next() {
             match done {
                 Done::Mapped(id, last_at) => {
@@ -114,7 +115,9 @@ impl Commit<'_, '_> {
             return;
         };
         let range = iova(start, last);
-        let outcome = driver.lock().unmap(range);
+        let Some(outcome) = call_unmap(&driver, range) else {
+            return;
+        };
         match outcome {
             Ok(()) => {
                 let gone = self.inner.with_ledger(id, |ledger| {
@@ -163,7 +166,7 @@ impl Commit<'_, '_> {
             let range = iova(start, end.map_or(u64::MAX, |end| end.wrapping_sub(1)));
             next = end;
             // What is still in the ledger is never dropped, whatever happens in this call.
-            let outcome = target.driver.lock().unmap(range);
+            let outcome = target.driver.lock().even_if_stopped().unmap(range);
             match outcome {
                 Ok(()) => {
                     let remove = |at| Some((at, target.ledger.entries.remove(&at)?));
