@@ -34,8 +34,17 @@ pub(crate) type Watch<'w> = dyn FnMut(Progress) -> ControlFlow<()> + 'w;
 pub(crate) enum Class {
     /// May be refused, and is then undone.
     Host,
+    /// May be refused; then the target that would have joined is taken down. Nobody asks what was
+    /// done in which order, so no books are kept of it.
+    Joining,
     /// Cannot be refused.
     Guest,
+}
+
+impl Class {
+    pub(crate) fn may_be_refused(self) -> bool {
+        self != Self::Guest
+    }
 }
 
 /// A step that has been done and may have to be undone.
@@ -47,8 +56,42 @@ pub(crate) enum Done {
 /// Ledger entries by their first address; mostly one.
 pub(crate) type Entries = SmallVec<[(u64, Entry); 1]>;
 
-/// Mappings still to be made.
-type Later = SmallVec<[(TargetId, NewMapping); 2]>;
+/// Mappings still to be made: the last target first, each one's in order.
+#[derive(Default)]
+struct Later(SmallVec<[LaterIn; 1]>);
+
+/// Mappings still to be made in one target.
+struct LaterIn {
+    target: TargetId,
+    driver: Driver,
+    new: smallvec::IntoIter<[NewMapping; 1]>,
+}
+
+impl Later {
+    fn push(&mut self, target: TargetId, driver: Driver, new: SmallVec<[NewMapping; 1]>) {
+        if !new.is_empty() {
+            let new = new.into_iter();
+            self.0.push(LaterIn {
+                target,
+                driver,
+                new,
+            });
+        }
+    }
+
+    fn next(&mut self) -> Option<(TargetId, &Driver, NewMapping)> {
+        while self.0.last()?.new.len() == 0 {
+            drop(self.0.pop());
+        }
+        let its = self.0.last_mut()?;
+        let new = its.new.next()?;
+        Some((its.target, &its.driver, new))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.iter().all(|its| its.new.len() == 0)
+    }
+}
 
 /// The calls that bring one target up to date, and how to call it.
 struct Planned {
@@ -92,7 +135,7 @@ pub(crate) struct Commit<'a, 'w> {
 /// no lock is held and the turn is over.
 #[derive(Default)]
 pub(crate) struct Leftovers {
-    pub(crate) entries: Vec<Entry>,
+    pub(crate) entries: SmallVec<[Entry; 1]>,
     pub(crate) addresses: Vec<KeptAddress>,
     pub(crate) layout: Vec<layout::Leftovers>,
     pub(crate) targets: Vec<Target>,
@@ -140,9 +183,13 @@ impl<'a, 'w> Commit<'a, 'w> {
         self.progress.total = bytes.fold(0, u64::saturating_add);
         let steps = plans.iter().map(|planned| planned.plan.steps());
         let steps = steps.fold(0, usize::saturating_add);
-        self.report.mappings.reserve(steps);
-        self.journal.reserve(steps);
-        let mut later = Later::new();
+        if self.class != Class::Joining {
+            self.report.mappings.reserve(steps);
+        }
+        if self.class == Class::Host {
+            self.journal.reserve(steps);
+        }
+        let mut later = Later::default();
         for Planned {
             target,
             driver,
@@ -155,14 +202,14 @@ impl<'a, 'w> Commit<'a, 'w> {
                     break;
                 }
             }
-            // The last one comes first: on the way up IOMMUs follow the others, so that no
+            // The last target comes first: on the way up IOMMUs follow the others, so that no
             // device reaches what the guest does not see yet.
-            later.extend(plan.up.into_iter().rev().map(|new| (target, new)));
+            later.push(target, driver, plan.up);
         }
         self.map_all(later, targets, dirty)
     }
 
-    /// Makes mappings, the last one first.
+    /// Makes mappings.
     fn map_all(
         &mut self,
         mut later: Later,
@@ -170,12 +217,12 @@ impl<'a, 'w> Commit<'a, 'w> {
         dirty: &[(u64, u64)],
     ) -> Result<(), ChangeError> {
         let mut interrupted = false;
-        while let Some((target, new)) = later.pop() {
+        while let Some((target, driver, new)) = later.next() {
             if interrupted {
                 self.map_remaining(&[target], &[(new.start, new.last)])?;
             } else {
                 self.watched()?;
-                self.map(target, new, self.class == Class::Host)?;
+                self.map(target, driver, new, self.class.may_be_refused())?;
                 interrupted = self.was_interrupted();
             }
         }
@@ -197,9 +244,9 @@ impl<'a, 'w> Commit<'a, 'w> {
         dirty: &[(u64, u64)],
     ) -> Result<(), ChangeError> {
         let mut later = self.remaining(targets, dirty);
-        while let Some((target, new)) = later.pop() {
+        while let Some((target, driver, new)) = later.next() {
             self.watched()?;
-            self.map(target, new, self.class == Class::Host)?;
+            self.map(target, driver, new, self.class.may_be_refused())?;
             if self.was_interrupted() && !later.is_empty() {
                 later = self.remaining(targets, dirty);
             }
@@ -219,11 +266,11 @@ impl<'a, 'w> Commit<'a, 'w> {
         interrupted
     }
 
-    /// What is still to be mapped, the last one first: somebody else may have mapped some of it,
+    /// What is still to be mapped: somebody else may have mapped some of it,
     /// or covered it. BARs that were refused already are not tried again.
     fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Later {
         let state = self.inner.landed(dirty);
-        let mut later = Later::new();
+        let mut later = Later::default();
         for &id in targets {
             let Some(target) = state.targets.get(&id) else {
                 continue;
@@ -237,8 +284,8 @@ impl<'a, 'w> Commit<'a, 'w> {
                 new.kind == RegionKind::DeviceMemory
                     && target.ledger.failure_at(new.start).is_some()
             };
-            let up = plan.up.into_iter().rev().filter(|new| !refused(new));
-            later.extend(up.map(|new| (id, new)));
+            let up = plan.up.into_iter().filter(|new| !refused(new)).collect();
+            later.push(id, target.driver.clone(), up);
         }
         later
     }
@@ -267,7 +314,7 @@ impl<'a, 'w> Commit<'a, 'w> {
                     .ledger
                     .failure_at(piece.start)
                     .is_some_and(|(last, reason)| last >= piece.last && *reason == piece.reason);
-                if self.class == Class::Host && !known {
+                if self.class.may_be_refused() && !known {
                     return Err(ChangeError::Refused {
                         target: target.options.name.clone(),
                         range,
@@ -323,7 +370,7 @@ impl<'a, 'w> Commit<'a, 'w> {
 
     fn watched(&mut self) -> Result<(), ChangeError> {
         match (self.watch)(self.progress) {
-            ControlFlow::Break(()) if self.class == Class::Host => Err(ChangeError::Cancelled),
+            ControlFlow::Break(()) if self.class.may_be_refused() => Err(ChangeError::Cancelled),
             _ => Ok(()),
         }
     }
@@ -348,14 +395,19 @@ impl<'a, 'w> Commit<'a, 'w> {
             })
             .unwrap_or_default();
         self.report_unmapped(id, &gone);
-        self.journal.push(Done::Unmapped(id, gone));
+        if self.class == Class::Host {
+            self.journal.push(Done::Unmapped(id, gone));
+        } else {
+            let entries = gone.into_iter().map(|(_, entry)| entry);
+            self.leftovers.entries.extend(entries);
+        }
         if bisects {
             self.report.bisected = self.report.bisected.saturating_add(1);
         }
         // A plan that has not been carried out on the way down would be wrong after somebody
         // else's turn; and this hole is to be closed at once.
         for new in unmap.again {
-            self.map(id, new, false)?;
+            self.map(id, driver, new, false)?;
         }
         Ok(true)
     }
@@ -364,21 +416,24 @@ impl<'a, 'w> Commit<'a, 'w> {
     pub(crate) fn map(
         &mut self,
         id: TargetId,
+        driver: &Driver,
         new: NewMapping,
         yielding: bool,
     ) -> Result<(), ChangeError> {
         let (start, size, kind, region) = (new.start, new.size(), new.kind, new.region);
         let (range, backing) = (iova(start, new.last), new.backing.id());
-        let outcome = self.try_map(id, new, yielding)?;
+        let outcome = self.try_map(id, driver, new, yielding)?;
         self.progress.done = self.progress.done.saturating_add(size);
         let action = match outcome {
             None => {
-                self.journal.push(Done::Mapped(id, start));
+                if self.class == Class::Host {
+                    self.journal.push(Done::Mapped(id, start));
+                }
                 Action::Mapped
             }
             Some(reason) => {
                 if kind == RegionKind::Ram && reason != Reason::Quarantined {
-                    if self.class == Class::Host {
+                    if self.class.may_be_refused() {
                         return Err(self.refused(id, range, region, reason));
                     }
                     self.miss_ram(id, range, region, &reason);
@@ -390,12 +445,14 @@ impl<'a, 'w> Commit<'a, 'w> {
                 Action::Unavailable(reason)
             }
         };
-        self.report.mappings.push(MappingChange {
-            target: id,
-            iova: range,
-            backing,
-            action,
-        });
+        if self.class != Class::Joining {
+            self.report.mappings.push(MappingChange {
+                target: id,
+                iova: range,
+                backing,
+                action,
+            });
+        }
         Ok(())
     }
 
@@ -423,7 +480,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         let name = self.note_quarantine(id, &why);
         match self.class {
             Class::Guest => Ok(()),
-            Class::Host => Err(ChangeError::Quarantined { target: name, why }),
+            Class::Host | Class::Joining => Err(ChangeError::Quarantined { target: name, why }),
         }
     }
 

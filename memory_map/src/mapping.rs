@@ -15,35 +15,35 @@ const REVOKED_TRIES: usize = 3;
 /// How a call to map ended.
 enum Called {
     /// Made in one epoch of its backing.
-    Mapped(MapRequest, Epoch),
+    Mapped(Epoch),
     /// Not there.
     Refused(Reason),
     /// May be there.
-    Unknown(MapRequest, Quarantine),
+    Unknown(Quarantine),
 }
 
 /// Has a target make a mapping. Needs no lock of the map's.
-fn call_map(callee: &mut Callee, request: MapRequest) -> Called {
+fn call_map(callee: &mut Callee, request: &MapRequest) -> Called {
     let called = try_to_map(callee, request);
-    if matches!(called, Called::Unknown(..)) {
+    if matches!(called, Called::Unknown(_)) {
         callee.stop();
     }
     called
 }
 
-fn try_to_map(callee: &mut Callee, request: MapRequest) -> Called {
+fn try_to_map(callee: &mut Callee, request: &MapRequest) -> Called {
     let Some(target) = callee.target() else {
         return Called::Refused(Reason::Quarantined);
     };
     let range = request.iova;
     for _ in 0..REVOKED_TRIES {
         let epoch = request.backing.epoch();
-        match target.map(&request) {
-            Ok(()) if request.backing.epoch() == epoch => return Called::Mapped(request, epoch),
+        match target.map(request) {
+            Ok(()) if request.backing.epoch() == epoch => return Called::Mapped(epoch),
             // Revoked meanwhile: whatever is there now is dead, or may be.
             Ok(()) => {
                 if let Err(error) = target.unmap(range) {
-                    return Called::Unknown(request, Quarantine::Unmap { range, error });
+                    return Called::Unknown(Quarantine::Unmap { range, error });
                 }
             }
             Err(TargetError::Refused(reason)) => return Called::Refused(reason),
@@ -53,7 +53,7 @@ fn try_to_map(callee: &mut Callee, request: MapRequest) -> Called {
             Err(error @ TargetError::Unknown(errno)) => {
                 // If it can be taken down, it was there and now is not.
                 if target.unmap(range).is_err() {
-                    return Called::Unknown(request, Quarantine::Map { range, error });
+                    return Called::Unknown(Quarantine::Map { range, error });
                 }
                 return Called::Refused(Reason::Kernel { errno, hint: None });
             }
@@ -78,16 +78,13 @@ impl Commit<'_, '_> {
     pub(crate) fn try_map(
         &mut self,
         id: TargetId,
+        driver: &Driver,
         new: NewMapping,
         yielding: bool,
     ) -> Result<Option<Reason>, ChangeError> {
         let flight = yielding.then_some((new.start, new.last));
         let taken_off = self.inner.take_off(id, new.backing.id(), flight);
-        let TakenOff {
-            driver,
-            kept,
-            in_flight,
-        } = match taken_off {
+        let TakenOff { kept, in_flight } = match taken_off {
             Ok(taken_off) => taken_off,
             Err(reason) => return Ok(Some(reason)),
         };
@@ -119,9 +116,9 @@ impl Commit<'_, '_> {
             offset: new.offset,
             host,
         };
-        let called = call_map(&mut callee, request);
+        let called = call_map(&mut callee, &request);
         drop(callee);
-        let (reason, why) = self.enter(id, new.start, new.region, called, in_flight);
+        let (reason, why) = self.enter(id, new.region, request, called, in_flight);
         if self.turn.is_none() {
             self.turn = Some(self.inner.turns.take());
         }
@@ -137,21 +134,19 @@ impl Commit<'_, '_> {
     fn enter(
         &self,
         id: TargetId,
-        start: u64,
         region: RegionId,
+        request: MapRequest,
         called: Called,
         mut in_flight: Option<InFlight<'_>>,
     ) -> (Option<Reason>, Option<Quarantine>) {
-        let (request, epoch, why) = match called {
+        let (epoch, why) = match called {
             // Landed when it is dropped.
             Called::Refused(reason) => return (Some(reason), None),
-            Called::Mapped(request, epoch) => (request, epoch, None),
+            Called::Mapped(epoch) => (epoch, None),
             // Its pages stay, and the end of the target tries once more to take it down.
-            Called::Unknown(request, why) => {
-                let epoch = request.backing.epoch();
-                (request, epoch, Some(why))
-            }
+            Called::Unknown(why) => (request.backing.epoch(), Some(why)),
         };
+        let start = request.iova.start().raw();
         let entry = Entry {
             last: request.iova.last().raw(),
             region,

@@ -199,6 +199,7 @@ pub(crate) fn plan(
 
     let largest = viewer.limits.largest_mapping;
     let mut up: SmallVec<[NewMapping; 1]> = SmallVec::new();
+    up.reserve(wanted.len());
     let mut settled = settled.into_iter().peekable();
     for piece in &wanted {
         let mut next = Some(piece.start);

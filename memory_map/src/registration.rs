@@ -68,7 +68,7 @@ impl Inner {
         };
         let turn = self.turns.take();
         self.state.lock().targets.insert(id, target);
-        let mut commit = Commit::new(self, turn, Class::Host, watch);
+        let mut commit = Commit::new(self, turn, Class::Joining, watch);
         let outcome = commit.run(&[id], &[EVERYTHING]);
         match outcome {
             Ok(()) => {

@@ -17,7 +17,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use smallvec::SmallVec;
 
@@ -26,7 +25,7 @@ use crate::layout::{IdMap, IdSet, Layout};
 use crate::ledger::Ledger;
 use crate::plan::whole_pages;
 use crate::subscription::Subscribers;
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering};
 use crate::translation::Viewer;
 use crate::turn::Turns;
 use crate::{
@@ -114,7 +113,7 @@ pub(crate) struct Inner {
     /// Notified when something is no longer in flight or busy.
     pub(crate) settled: Condvar,
     /// Advances with every commit and with every mapping that is made without a turn, so that a
-    /// commit that gave its turn up sees whether it was alone.
+    /// commit that gave its turn up sees whether it was alone. Written by whoever has the turn.
     steps: AtomicU64,
     ids: AtomicU64,
 }
@@ -161,9 +160,11 @@ impl Inner {
         self.ids.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Counts a step, and tells the count.
+    /// Counts a step, and tells the count. The caller has the turn.
     pub(crate) fn step(&self) -> u64 {
-        self.steps.fetch_add(1, Ordering::AcqRel).wrapping_add(1)
+        let steps = self.steps().wrapping_add(1);
+        self.steps.store(steps, Ordering::Release);
+        steps
     }
 
     /// The count of steps.
@@ -207,7 +208,6 @@ impl Inner {
             }
         });
         Ok(TakenOff {
-            driver: target.driver.clone(),
             kept: state.addresses.get(&backing).map(KeptAddress::host),
             in_flight,
         })
@@ -284,7 +284,6 @@ impl Drop for Busy<'_> {
 
 /// What it takes to make one mapping.
 pub(crate) struct TakenOff<'a> {
-    pub(crate) driver: Driver,
     /// The backing's host address, if it has one yet.
     pub(crate) kept: Option<HostAddress>,
     pub(crate) in_flight: Option<InFlight<'a>>,

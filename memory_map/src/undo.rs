@@ -142,8 +142,11 @@ impl Commit<'_, '_> {
             backing: entry.backing.clone(),
             offset: entry.offset,
         };
+        let Some(driver) = self.inner.driver(id) else {
+            return;
+        };
         // In this class a map records its failure and does not end the commit.
-        let _recorded = self.map(id, new, false);
+        let _recorded = self.map(id, &driver, new, false);
     }
 
     /// Takes everything down that a target holds, and ends it. A quarantined one is tried once
