@@ -52,8 +52,8 @@ impl Inner {
         let state = &mut *state;
         let mapped = |id: &BackingId| {
             state.targets.values().any(|target| {
-                let mut entries = target.ledger.entries.values();
-                entries.any(|entry| entry.backing.id() == *id)
+                let mut entries = target.ledger.entries.iter();
+                entries.any(|(_, entry)| entry.backing.id() == *id)
             })
         };
         let unmapped = backings.iter().filter(|id| !mapped(id));

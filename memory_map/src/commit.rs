@@ -390,7 +390,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         let gone: Entries = self
             .inner
             .with_ledger(id, |ledger| {
-                let remove = |at| Some((at, ledger.entries.remove(&at)?));
+                let remove = |at| Some((at, ledger.entries.remove(at)?));
                 unmap.entries.into_iter().filter_map(remove).collect()
             })
             .unwrap_or_default();

@@ -1,8 +1,6 @@
 //! The ledger of one target: the mappings it really holds, and what it refused.
 
-use std::collections::BTreeMap;
-
-use crate::view::overlapping;
+use crate::stretches::{Stretch, Stretches};
 use crate::{Access, Backing, Epoch, HostAddress, Reason, RegionId, RegionKind};
 
 /// One mapping that a target holds; its first address is its key.
@@ -34,11 +32,23 @@ pub(crate) struct Failure {
     pub(crate) reason: Reason,
 }
 
+impl Stretch for Entry {
+    fn last(&self) -> u64 {
+        self.last
+    }
+}
+
+impl Stretch for Failure {
+    fn last(&self) -> u64 {
+        self.last
+    }
+}
+
 /// What a target holds. An entry is made when a map has succeeded and removed when an unmap has.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    pub(crate) entries: BTreeMap<u64, Entry>,
-    failures: BTreeMap<u64, Failure>,
+    pub(crate) entries: Stretches<Entry>,
+    failures: Stretches<Failure>,
 }
 
 impl Drop for Ledger {
@@ -54,7 +64,7 @@ impl Drop for Ledger {
 impl Ledger {
     /// The entries that overlap `start..=last`, by address.
     pub(crate) fn entries_in(&self, start: u64, last: u64) -> impl Iterator<Item = (u64, &Entry)> {
-        overlapping(&self.entries, start, last, |entry| entry.last)
+        self.entries.overlapping(start, last)
     }
 
     /// Whether it refused anything that it should hold.
@@ -70,7 +80,7 @@ impl Ledger {
 
     /// Why the target does not hold `address`, if it should.
     pub(crate) fn failure_at(&self, address: u64) -> Option<(u64, &Reason)> {
-        let (_, failure) = self.failures.range(..=address).next_back()?;
+        let (_, failure) = self.failures.at_or_below(address)?;
         (failure.last >= address).then_some((failure.last, &failure.reason))
     }
 
@@ -79,18 +89,11 @@ impl Ledger {
         if !self.has_failures() {
             return Vec::new();
         }
-        let from = match self.failures.range(..=start).next_back() {
-            Some((&at, failure)) if failure.last >= start => at,
-            _ => start,
-        };
-        let hit: Vec<u64> = self
-            .failures
-            .range(from..=last)
-            .map(|(&at, _)| at)
-            .collect();
+        let hit = self.failures.overlapping(start, last);
+        let hit: Vec<u64> = hit.map(|(at, _)| at).collect();
         let mut forgotten = Vec::with_capacity(hit.len());
         for at in hit {
-            let Some(failure) = self.failures.remove(&at) else {
+            let Some(failure) = self.failures.remove(at) else {
                 continue;
             };
             if at < start {

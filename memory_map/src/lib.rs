@@ -152,6 +152,7 @@ mod region;
 mod registration;
 mod sharing;
 mod state;
+mod stretches;
 mod subscription;
 mod sync;
 mod translation;

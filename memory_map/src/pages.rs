@@ -3,11 +3,9 @@
 //! Nearly every region has pages in one stretch: a BAR, a piece of RAM. That one lies in the region
 //! itself, so that a walk over many regions does not go to the heap for each.
 
-use std::collections::{BTreeMap, btree_map};
-
 use smallvec::SmallVec;
 
-use crate::view::overlapping;
+use crate::stretches::{Stretch, Stretches};
 use crate::{Backing, BackingId};
 
 /// Pages behind a part of a region; its first offset is its key.
@@ -19,18 +17,24 @@ pub(crate) struct Pages {
     pub(crate) backing_offset: u64,
 }
 
+impl Stretch for Pages {
+    fn last(&self) -> u64 {
+        self.last
+    }
+}
+
 /// All pages of one region, by offset. Stretches that go on in one another are one after
 /// [`join_before`](Self::join_before).
 #[derive(Debug, Clone)]
 pub(crate) enum RegionPages {
     One(u64, Pages),
     /// None, or several.
-    Many(BTreeMap<u64, Pages>),
+    Many(Stretches<Pages>),
 }
 
 impl Default for RegionPages {
     fn default() -> Self {
-        Self::Many(BTreeMap::new())
+        Self::Many(Stretches::default())
     }
 }
 
@@ -41,11 +45,10 @@ impl RegionPages {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, &Pages)> {
         let (one, many) = match self {
-            Self::One(offset, pages) => (Some((*offset, pages)), btree_map::Iter::default()),
-            Self::Many(many) => (None, many.iter()),
+            Self::One(offset, pages) => (Some((*offset, pages)), None),
+            Self::Many(many) => (None, Some(many.iter())),
         };
-        one.into_iter()
-            .chain(many.map(|(&offset, pages)| (offset, pages)))
+        one.into_iter().chain(many.into_iter().flatten())
     }
 
     /// Those that overlap the offsets `start..=last`.
@@ -55,7 +58,7 @@ impl RegionPages {
                 let hit = *offset <= last && start <= pages.last;
                 (hit.then_some((*offset, pages)), None)
             }
-            Self::Many(many) => (None, Some(overlapping(many, start, last, |p| p.last))),
+            Self::Many(many) => (None, Some(many.overlapping(start, last))),
         };
         one.into_iter().chain(many.into_iter().flatten())
     }
@@ -64,11 +67,12 @@ impl RegionPages {
     pub(crate) fn starts(&self, start: u64, last: u64) -> SmallVec<[u64; 4]> {
         let (one, many) = match self {
             Self::One(offset, _) => (Some(*offset), None),
-            Self::Many(many) => (None, Some(many.range(start..=last).map(|(&at, _)| at))),
+            Self::Many(many) => (None, Some(many.starting_from(start).map(|(at, _)| at))),
         };
         one.into_iter()
-            .filter(|at| (start..=last).contains(at))
+            .filter(|at| start <= *at)
             .chain(many.into_iter().flatten())
+            .take_while(|at| *at <= last)
             .collect()
     }
 
@@ -80,7 +84,12 @@ impl RegionPages {
                 many.insert(offset, pages);
                 Self::Many(many)
             }
-            Self::One(at, one) => Self::Many([(at, one), (offset, pages)].into()),
+            Self::One(at, one) => {
+                let mut many = Stretches::default();
+                many.insert(at, one);
+                many.insert(offset, pages);
+                Self::Many(many)
+            }
         };
     }
 
@@ -93,12 +102,10 @@ impl RegionPages {
                 None
             }
             Self::Many(mut many) => {
-                let removed = many.remove(&offset);
-                let single = if many.len() == 1 {
-                    many.pop_first()
-                } else {
-                    None
-                };
+                let removed = many.remove(offset);
+                let last = many.iter().next().map(|(at, _)| at);
+                let single = last.filter(|_| many.len() == 1);
+                let single = single.and_then(|at| Some((at, many.remove(at)?)));
                 *self = single.map_or(Self::Many(many), |(at, pages)| Self::One(at, pages));
                 removed
             }
@@ -109,8 +116,8 @@ impl RegionPages {
     /// Returns their backing if so.
     pub(crate) fn join_before(&mut self, seam: u64) -> Option<BackingId> {
         let Self::Many(many) = self else { return None };
-        let after = many.get(&seam)?;
-        let (&offset, before) = many.range(..seam).next_back()?;
+        let after = many.get(seam)?;
+        let (offset, before) = many.below(seam)?;
         let size = seam.wrapping_sub(offset);
         let goes_on = before.last.checked_add(1) == Some(seam)
             && before.backing == after.backing
@@ -119,7 +126,7 @@ impl RegionPages {
             return None;
         }
         let last = after.last;
-        if let Some((_, before)) = many.range_mut(..seam).next_back() {
+        if let Some((_, before)) = many.below_mut(seam) {
             before.last = last;
         }
         self.remove(seam).map(|pages| pages.backing.id())

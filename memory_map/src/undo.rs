@@ -95,7 +95,7 @@ impl Commit<'_, '_> {
     /// Whether one unmap may take down the mappings at `at` and at `after`, which follows it.
     fn joins(&self, id: TargetId, at: u64, after: u64) -> bool {
         let joins = self.inner.with_target(id, |target| {
-            let entry = target.ledger.entries.get(&at);
+            let entry = target.ledger.entries.get(at);
             target.limits.unmap_spans
                 && entry.is_some_and(|entry| entry.last.checked_add(1) == Some(after))
         });
@@ -106,7 +106,7 @@ impl Commit<'_, '_> {
     fn undo_maps(&mut self, id: TargetId, run: Vec<u64>) {
         let range = self.inner.with_ledger(id, |ledger| {
             let (first, last) = (run.first()?, run.last()?);
-            Some((*first, ledger.entries.get(last)?.last))
+            Some((*first, ledger.entries.get(*last)?.last))
         });
         let Some((start, last)) = range.flatten() else {
             return;
@@ -121,7 +121,7 @@ impl Commit<'_, '_> {
         match outcome {
             Ok(()) => {
                 let gone = self.inner.with_ledger(id, |ledger| {
-                    let remove = |at| ledger.entries.remove(&at);
+                    let remove = |at| ledger.entries.remove(at);
                     run.into_iter().filter_map(remove).collect::<Vec<_>>()
                 });
                 self.leftovers.entries.extend(gone.unwrap_or_default());
@@ -157,7 +157,7 @@ impl Commit<'_, '_> {
         while let Some(from) = next {
             let mut run: Vec<u64> = Vec::new();
             let mut end = None;
-            for (&at, entry) in target.ledger.entries.range(from..) {
+            for (at, entry) in target.ledger.entries.starting_from(from) {
                 let goes_on = spans && end == Some(at);
                 if !(run.is_empty() || goes_on) {
                     break;
@@ -172,7 +172,7 @@ impl Commit<'_, '_> {
             let outcome = target.driver.lock().even_if_stopped().unmap(range);
             match outcome {
                 Ok(()) => {
-                    let remove = |at| Some((at, target.ledger.entries.remove(&at)?));
+                    let remove = |at| Some((at, target.ledger.entries.remove(at)?));
                     let gone: Vec<_> = run.into_iter().filter_map(remove).collect();
                     self.report_unmapped(id, &gone);
                     let entries = gone.into_iter().map(|(_, entry)| entry);
