@@ -198,6 +198,15 @@ pub(crate) fn plan(
     }
 
     let largest = viewer.limits.largest_mapping;
+    let add = |up: &mut SmallVec<[NewMapping; 1]>, piece: &Piece<'_>, start: u64, last: u64| {
+        let new = NewMapping::of_piece(piece, start, last);
+        // Mostly it fits.
+        if start | largest.wrapping_sub(1) >= last {
+            up.push(new);
+        } else {
+            up.extend(new.cut(largest));
+        }
+    };
     let mut up: SmallVec<[NewMapping; 1]> = SmallVec::new();
     up.reserve(wanted.len());
     let mut settled = settled.into_iter().peekable();
@@ -208,13 +217,11 @@ pub(crate) fn plan(
             match settled.peek() {
                 Some(&(from, to)) if from <= start => next = to.checked_add(1),
                 Some(&(from, _)) if from <= piece.last => {
-                    up.extend(
-                        NewMapping::of_piece(piece, start, from.wrapping_sub(1)).cut(largest),
-                    );
+                    add(&mut up, piece, start, from.wrapping_sub(1));
                     next = Some(from);
                 }
                 _ => {
-                    up.extend(NewMapping::of_piece(piece, start, piece.last).cut(largest));
+                    add(&mut up, piece, start, piece.last);
                     next = None;
                 }
             }

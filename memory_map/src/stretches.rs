@@ -141,10 +141,31 @@ impl<V> Stretches<V> {
 
     /// Puts a stretch at `start`, in place of one that starts there, which is returned.
     pub(crate) fn insert(&mut self, start: u64, value: V) -> Option<V> {
-        let at = self.block_of(start);
         let blocks = self.blocks.len();
+        // What comes in order needs no search, and fills its blocks.
+        if let Some(highest) = self.blocks.last_mut()
+            && highest.starts.last().is_some_and(|&last| last < start)
+        {
+            if highest.starts.len() < BLOCK {
+                highest.starts.push(start);
+                highest.values.push(value);
+                self.len = self.len.saturating_add(1);
+            } else {
+                let mut block = Block::with_room();
+                block.starts.push(start);
+                block.values.push(value);
+                self.insert_block(blocks, block);
+            }
+            return None;
+        }
+        let at = self.block_of(start);
         let Some(block) = self.blocks.get_mut(at) else {
-            self.insert_block(0, Block::of(start, value));
+            // A table of a few stretches takes no more than it needs.
+            let block = Block {
+                starts: vec![start],
+                values: vec![value],
+            };
+            self.insert_block(0, block);
             return None;
         };
         let place = block.starts.partition_point(|&other| other < start);
@@ -160,14 +181,10 @@ impl<V> Stretches<V> {
             if place == 0 {
                 self.first_has_changed(at);
             }
-        } else if place == BLOCK && at.saturating_add(1) == blocks {
-            // What comes in order fills its blocks.
-            self.insert_block(blocks, Block::of(start, value));
         } else {
-            let upper = Block {
-                starts: block.starts.split_off(BLOCK / 2),
-                values: block.values.split_off(BLOCK / 2),
-            };
+            let mut upper = Block::with_room();
+            upper.starts.extend(block.starts.drain(BLOCK / 2..));
+            upper.values.extend(block.values.drain(BLOCK / 2..));
             self.len = self.len.saturating_sub(upper.values.len());
             self.insert_block(at.saturating_add(1), upper);
             return self.insert(start, value);
@@ -262,10 +279,11 @@ impl<V: Stretch> Stretches<V> {
 }
 
 impl<V> Block<V> {
-    fn of(start: u64, value: V) -> Self {
+    /// Empty, with room for all that it may ever hold.
+    fn with_room() -> Self {
         Self {
-            starts: vec![start],
-            values: vec![value],
+            starts: Vec::with_capacity(BLOCK),
+            values: Vec::with_capacity(BLOCK),
         }
     }
 }
