@@ -179,7 +179,7 @@ impl FlatView {
 
 impl FlatView {
     /// Adds to `regions` all that lie in `start..=last`, seen or covered; some more than once.
-    pub(crate) fn lying_in(&self, start: u64, last: u64, regions: &mut Vec<RegionId>) {
+    pub(crate) fn lying_in(&self, start: u64, last: u64, regions: &mut impl Extend<RegionId>) {
         for (_, cell) in self.cells.overlapping(start, last) {
             regions.extend(cell.stack.iter().map(|rank| rank.region));
         }
