@@ -6,6 +6,7 @@
 //! lock is only taken for short steps: readers see the new layout at once, and the reach as far
 //! as it has come.
 
+use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -69,6 +70,9 @@ pub(crate) struct Commit<'a, 'w> {
     pub(crate) made: Vec<BackingId>,
     /// What this commit could not map.
     pub(crate) failed: Vec<(TargetId, u64, u64)>,
+    /// The commit's own regions once it is being undone. They are as they were and still busy, and
+    /// nobody else answers for them.
+    pub(crate) taken_back: SmallVec<[RegionId; 4]>,
     pub(crate) report: Report,
     pub(crate) cut_offs: Vec<PendingCutOff>,
     pub(crate) leftovers: Leftovers,
@@ -105,6 +109,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             forgotten: Vec::new(),
             made: Vec::new(),
             failed: Vec::new(),
+            taken_back: SmallVec::new(),
             leftovers: Leftovers::default(),
             report: Report::default(),
             cut_offs: Vec::new(),
@@ -252,7 +257,10 @@ impl<'a, 'w> Commit<'a, 'w> {
                         reason: piece.reason.clone(),
                     });
                 }
-                if !known && !target.joining && !state.busy.contains(&piece.region) {
+                if !known
+                    && !target.joining
+                    && !is_awaited(&state.busy, &self.taken_back, piece.region)
+                {
                     let missing = (id, range, piece.reason.clone());
                     self.report.ram_missing.push(missing);
                 }
@@ -285,7 +293,7 @@ impl<'a, 'w> Commit<'a, 'w> {
     fn miss_ram(&mut self, id: TargetId, range: IovaRange, region: RegionId, reason: &Reason) {
         let state = self.inner.state.lock();
         let joining = state.targets.get(&id).is_none_or(|target| target.joining);
-        if !joining && !state.busy.contains(&region) {
+        if !joining && !is_awaited(&state.busy, &self.taken_back, region) {
             self.report.ram_missing.push((id, range, reason.clone()));
         }
     }
@@ -482,6 +490,7 @@ impl Inner {
                 let targets = state.targets_in_order();
                 drop(state);
                 commit.leftovers.layout.push(leftovers);
+                commit.taken_back.clone_from(&touched);
                 Err(commit.undo(cause, &targets, &dirty, &revoked))
             }
         };
@@ -526,6 +535,12 @@ impl Inner {
             return Ok((turn, applied, targets));
         }
     }
+}
+
+/// Whether RAM of a region is not counted on yet: an unfinished host's commit is at it, and not
+/// on its way back.
+fn is_awaited(busy: &HashSet<RegionId>, taken_back: &[RegionId], region: RegionId) -> bool {
+    busy.contains(&region) && !taken_back.contains(&region)
 }
 
 /// Whether a piece that a target cannot map is RAM that it should: not where it cannot or must not

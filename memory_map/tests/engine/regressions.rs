@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::fixture::{allow, fixture, range};
 use crate::page_table::{Call, Fault, PAGE, PageTable, backing, limits};
 use memory_map::{
-    Backing, ChangeError, ConsumerKind, DisabledBecause, DmaTarget, Errno, Gpa, InvalidChange,
-    IovaRange, MapRequest, Priority, Quarantine, Reach, Reason, RegionKind, SharingConsumer,
-    SubMapping, TargetError, TargetLimits, TargetOptions,
+    Access, Backing, ChangeError, ConsumerKind, DisabledBecause, DmaTarget, Errno, Gpa,
+    InvalidChange, IovaRange, MapRequest, Priority, Quarantine, Reach, Reason, RegionKind,
+    SharingConsumer, SubMapping, TargetError, TargetLimits, TargetOptions,
 };
 use parking_lot::Mutex;
 
@@ -397,4 +397,20 @@ fn bad_input_changes_nothing() {
         let refused = f.map.register(table.boxed(), TargetOptions::new("x"));
         assert!(matches!(refused, Err(ChangeError::ImpossibleLimits { .. })));
     }
+}
+
+#[test]
+fn ram_that_is_lost_in_the_undo_of_its_own_change_is_told() {
+    let f = fixture();
+    let ram = f.ram(0x1_0000, 2);
+    let (table, _handle) = f.target(limits());
+    table.0.lock().refuse_maps = Some(TargetError::kernel(Errno::new(12)));
+    let error = f
+        .host(|change| change.set_access(ram, Access::ReadOnly))
+        .unwrap_err();
+    assert_eq!(table.len(), 0, "neither read-only nor as it was");
+    assert!(
+        matches!(error, ChangeError::UndoLostRam { .. }),
+        "the RAM is gone, and all that is said is {error}"
+    );
 }
