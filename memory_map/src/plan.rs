@@ -49,7 +49,7 @@ impl NewMapping {
     }
 
     /// Cuts it at multiples of `largest`, a power of two.
-    fn cut(self, largest: u64) -> impl Iterator<Item = Self> {
+    pub(crate) fn cut(self, largest: u64) -> impl Iterator<Item = Self> {
         let mut next = Some(self.start);
         std::iter::from_fn(move || {
             let start = next.filter(|&start| start <= self.last)?;

@@ -139,8 +139,14 @@ impl Commit<'_, '_> {
             backing: entry.backing.clone(),
             offset: entry.offset,
         };
-        // In this class a map records its failure and does not end the commit.
-        let _recorded = self.map(id, new, false);
+        let largest = self
+            .inner
+            .with_target(id, |target| target.limits.largest_mapping);
+        // It was made when the target could take more at a time, if it is cut.
+        for new in new.cut(largest.unwrap_or(u64::MAX)) {
+            // In this class a map records its failure and does not end the commit.
+            let _recorded = self.map(id, new, false);
+        }
     }
 
     /// Takes everything down that a target holds, and ends it. A quarantined one is tried once

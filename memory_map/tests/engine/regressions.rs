@@ -414,3 +414,31 @@ fn ram_that_is_lost_in_the_undo_of_its_own_change_is_told() {
         "the RAM is gone, and all that is said is {error}"
     );
 }
+
+#[test]
+fn an_undo_keeps_to_a_largest_mapping_that_has_shrunk_since() {
+    let f = fixture();
+    let bar = f.bar(0x1_0000, 4);
+    let (table, handle) = f.target(limits());
+    table.0.lock().limits.largest_mapping = PAGE;
+    f.map.limits_changed(handle.id()).unwrap();
+    assert_eq!(table.len(), 1, "what is mapped stays, however large");
+    let mut change = f.map.change();
+    change.move_to(bar, Gpa::new(0x2_0000));
+    let mut calls = 0;
+    let outcome = change.commit_watched(&mut |_| {
+        calls += 1;
+        if calls < 2 {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
+    });
+    assert_eq!(outcome, Err(ChangeError::Cancelled));
+    assert_eq!(
+        table.len(),
+        4,
+        "the table takes no more than a page at a time"
+    );
+    assert_eq!(f.reach(&handle, bar), Reach::Mapped);
+}
