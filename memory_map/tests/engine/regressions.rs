@@ -442,3 +442,25 @@ fn an_undo_keeps_to_a_largest_mapping_that_has_shrunk_since() {
     );
     assert_eq!(f.reach(&handle, bar), Reach::Mapped);
 }
+
+#[test]
+fn mappings_that_are_no_whole_pages_any_more_are_made_anew() {
+    let f = fixture();
+    let bar = f.bar(0x1_0000, 16);
+    let small_pages = TargetLimits {
+        largest_mapping: PAGE,
+        ..limits()
+    };
+    let (table, handle) = f.target(small_pages);
+    assert_eq!(table.len(), 16);
+    let large_pages = TargetLimits {
+        page_size: 0x1_0000,
+        ..limits()
+    };
+    table.0.lock().limits = large_pages;
+    let report = f.map.limits_changed(handle.id()).unwrap();
+    assert_eq!((report.unmaps(), report.maps()), (16, 1));
+    // With sixteenths of a page, to put them back would be against the limits.
+    f.move_to(bar, 0x2_0000);
+    assert_eq!(f.reach(&handle, bar), Reach::Mapped);
+}
