@@ -92,7 +92,9 @@ fn check_order(state: &State) -> Result<(), String> {
     let remainder = |(table, _, range): &&(usize, bool, IovaRange)| {
         last.is_some_and(|(same, _, all)| same == table && all.covers(range))
     };
-    let up = up.skip_while(remainder).map(|(table, ..)| std::cmp::Reverse(kind(*table)));
+    let up = up
+        .skip_while(remainder)
+        .map(|(table, ..)| std::cmp::Reverse(kind(*table)));
     if down && up.is_sorted() {
         return Ok(());
     }

@@ -491,7 +491,9 @@ impl World {
                     && range.contains(memory_map::Iova::new(address(*cell)))
             };
             let known = self.excuses.keys().any(missing);
-            ensure(known || !state.fired.is_empty(), || "lost RAM in an undo".into())?;
+            ensure(known || !state.fired.is_empty(), || {
+                "lost RAM in an undo".into()
+            })?;
             cause = inner;
         }
         let justified = match cause {

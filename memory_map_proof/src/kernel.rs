@@ -10,9 +10,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use memory_map::{
-    Access, Backing, BackingId, BackingObject, ConsumerKind, CutOff, DmaTarget, Epoch, Errno, HostMapping,
-    HostVa, IovaRange, MapRequest, Quarantine, Reason, RegionKind, SharingConsumer, TargetError,
-    TargetLimits, TargetName,
+    Access, Backing, BackingId, BackingObject, ConsumerKind, CutOff, DmaTarget, Epoch, Errno,
+    HostMapping, HostVa, IovaRange, MapRequest, Quarantine, Reason, RegionKind, SharingConsumer,
+    TargetError, TargetLimits, TargetName,
 };
 use parking_lot::{Mutex, MutexGuard};
 

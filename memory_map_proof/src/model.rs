@@ -4,8 +4,8 @@
 //! is answered by looking at every region and every cell.
 
 use memory_map::{
-    Access, BackingId, ConsumerKind, DisabledBecause, Filter, Gpa, Label, Reason, RegionId, RegionKind,
-    TargetLimits,
+    Access, BackingId, ConsumerKind, DisabledBecause, Filter, Gpa, Label, Reason, RegionId,
+    RegionKind, TargetLimits,
 };
 
 use crate::kernel::Translation;

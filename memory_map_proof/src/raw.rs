@@ -2,8 +2,8 @@
 //! the contract. What the numbers are to mean, nobody knows, so no model goes along.
 
 use memory_map::{
-    Access, ConsumerKind, DisabledBecause, Gpa, GpaRange, Iova, IovaRange, Priority, RegionId, RegionKind,
-    RegionManager, RegionSpec, SubMapping, TargetHandle, TargetLimits, TargetOptions,
+    Access, ConsumerKind, DisabledBecause, Gpa, GpaRange, Iova, IovaRange, Priority, RegionId,
+    RegionKind, RegionManager, RegionSpec, SubMapping, TargetHandle, TargetLimits, TargetOptions,
 };
 use std::ops::ControlFlow;
 
@@ -196,17 +196,7 @@ impl Run<'_> {
                 drop(handle);
             }
             2 if !self.targets.is_empty() => {
-                let limits = self.limits();
-                let at = self.bytes.below(self.targets.len());
-                let (handle, table) = &self.targets[at];
-                self.kernel.state().tables[*table].limits.push(limits);
-                let outcome = self.map.limits_changed(handle.id());
-                let told = &mut self.kernel.state().tables[*table].limits;
-                if outcome.is_ok() {
-                    told.remove(0);
-                } else {
-                    told.pop();
-                }
+                self.limits_changed();
             }
             3 => {
                 let at = self.bytes.below(3);
@@ -218,6 +208,31 @@ impl Run<'_> {
                 self.backings[at] = self.kernel.backing(size);
             }
             _ => self.change(),
+        }
+    }
+
+    /// Other limits for a target, or none: those of a sharing consumer are the map's own.
+    fn limits_changed(&mut self) {
+        let limits = self.limits();
+        let at = self.bytes.below(self.targets.len());
+        let (handle, table) = &self.targets[at];
+        let mut state = self.kernel.state();
+        let table = &mut state.tables[*table];
+        let limits = if table.kind == ConsumerKind::Sharing {
+            table.limits[0].clone()
+        } else {
+            limits
+        };
+        table.limits.push(limits);
+        drop(state);
+        let outcome = self.map.limits_changed(handle.id());
+        let mut state = self.kernel.state();
+        let told = &mut state.tables[self.targets[at].1].limits;
+        if outcome.is_ok() {
+            told.remove(0);
+        } else {
+            // The embedder undoes what changed them.
+            told.pop();
         }
     }
 
@@ -292,7 +307,10 @@ impl Run<'_> {
     fn ask_everything(&mut self) {
         let number = self.number();
         let mut size = self.map.view().len() + self.map.regions().len();
-        size += self.map.lookup(Gpa::new(number)).map_or(0, |s| s.name.as_str().len());
+        size += self
+            .map
+            .lookup(Gpa::new(number))
+            .map_or(0, |s| s.name.as_str().len());
         for entry in self.map.reach() {
             size += entry.reach.to_string().len();
             size += usize::from(self.map.reach_of(entry.target, entry.region).is_ok());

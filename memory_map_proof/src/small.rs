@@ -4,13 +4,13 @@
 //! target that takes two pages at a time, and one that may come and go and sees only one of the
 //! BARs. The model is an array of four pages.
 
+use memory_map::{
+    Access, Backing, Change, ChangeError, DisabledBecause, Gpa, GpaRange, Priority, Reach,
+    ReachEntry, Reason, RegionId, RegionKind, RegionManager, RegionSpec, SubMapping, TargetHandle,
+    TargetOptions,
+};
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use memory_map::{
-    Access, Backing, Change, ChangeError, DisabledBecause, Gpa, GpaRange, Priority,
-    Reach, ReachEntry, Reason, RegionId, RegionKind, RegionManager, RegionSpec, SubMapping,
-    TargetHandle, TargetOptions,
-};
 
 use crate::GRANULE;
 use crate::kernel::{CallKind, Fault, Kernel, Translation};
@@ -100,9 +100,8 @@ impl Model {
     };
 
     fn seen(&self, page: u64) -> Option<usize> {
-        let covers = |r: &usize| {
-            self.enabled[*r] && page >= self.at[*r] && page < self.at[*r] + SIZES[*r]
-        };
+        let covers =
+            |r: &usize| self.enabled[*r] && page >= self.at[*r] && page < self.at[*r] + SIZES[*r];
         [SMALL, LARGE, RAM].into_iter().find(covers)
     }
 
@@ -156,7 +155,10 @@ impl Drop for World {
         self.kernel.begin(&[]);
         let mut state = self.kernel.state();
         state.lenient = true;
-        state.tables.iter_mut().for_each(|table| table.ending = true);
+        state
+            .tables
+            .iter_mut()
+            .for_each(|table| table.ending = true);
     }
 }
 
@@ -357,7 +359,11 @@ impl World {
         let mut key: Vec<u64> = self.model.at.to_vec();
         key.extend(self.model.enabled.map(u64::from));
         key.push(u64::from(self.model.access == Access::ReadOnly));
-        key.push(self.model.first.map_or(u64::MAX, |(b, page)| b as u64 * 8 + page));
+        key.push(
+            self.model
+                .first
+                .map_or(u64::MAX, |(b, page)| b as u64 * 8 + page),
+        );
         for target in self.targets.iter().flatten() {
             for region in self.regions {
                 match self.map.reach_of(target.handle.id(), region) {
@@ -385,14 +391,24 @@ impl World {
                 let stale = state.is_stale(mapping.to.backing, mapping.epoch);
                 let read_only = mapping.to.access == Access::ReadOnly;
                 key.extend([start, mapping.last, mapping.to.offset]);
-                key.push(backing.unwrap_or(4) as u64 * 4 + u64::from(stale) * 2 + u64::from(read_only));
+                key.push(
+                    backing.unwrap_or(4) as u64 * 4 + u64::from(stale) * 2 + u64::from(read_only),
+                );
             }
             let missing = target.missing.iter().map(|to| {
-                to.map_or(0, |to| 1 + to.offset + u64::from(to.access == Access::ReadOnly))
+                to.map_or(0, |to| {
+                    1 + to.offset + u64::from(to.access == Access::ReadOnly)
+                })
             });
             key.extend(missing);
         }
-        key.extend(state.hosts.values().copied().collect::<std::collections::BTreeSet<_>>());
+        key.extend(
+            state
+                .hosts
+                .values()
+                .copied()
+                .collect::<std::collections::BTreeSet<_>>(),
+        );
         key
     }
 
@@ -411,7 +427,9 @@ impl World {
             let table = &state.tables[target.table];
             let mut mapped = [0; 3];
             for page in 0..PAGES {
-                let region = model.seen(page).filter(|r| *r != LARGE || target.sees_large);
+                let region = model
+                    .seen(page)
+                    .filter(|r| *r != LARGE || target.sees_large);
                 let behind = region.and_then(|r| model.behind(r, page));
                 let due = behind.map(|(backing, page, access)| Translation {
                     backing: ids[backing],
@@ -452,7 +470,10 @@ impl World {
                     Err(_) => false,
                 };
                 if !right {
-                    return Err(format!("{reach:?}, but {} of {pages} mapped", mapped[region]));
+                    return Err(format!(
+                        "{reach:?}, but {} of {pages} mapped",
+                        mapped[region]
+                    ));
                 }
             }
         }
@@ -463,7 +484,6 @@ impl World {
 fn at(page: u64, pages: u64) -> GpaRange {
     GpaRange::new(Gpa::new(page * GRANULE), pages * GRANULE).unwrap()
 }
-
 
 impl World {
     /// Takes note of what an operation in the middle of a script left missing.

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use memory_map::{
-    Access, Backing, Change, ChangeError, ConsumerKind, DisabledBecause, Gpa, GpaRange, Priority, Progress,
-    Reason, RegionManager, RegionSpec, Report, SubMapping, TargetHandle, TargetId, TargetLimits,
-    TargetOptions,
+    Access, Backing, Change, ChangeError, ConsumerKind, DisabledBecause, Gpa, GpaRange, Priority,
+    Progress, Reason, RegionManager, RegionSpec, Report, SubMapping, TargetHandle, TargetId,
+    TargetLimits, TargetOptions,
 };
 
 use crate::bound::{self, Held};

@@ -50,7 +50,9 @@ fn turn(step: Step) -> Turn {
 /// A world with the regions and with targets of those shapes.
 fn world(regions: &[Op], shapes: &[usize]) -> World {
     let mut world = World::default();
-    world.turn(&turn(Step::Change(regions.to_vec(), false))).unwrap();
+    world
+        .turn(&turn(Step::Change(regions.to_vec(), false)))
+        .unwrap();
     for &shape in shapes {
         world.turn(&turn(Step::Register(shape))).unwrap();
     }
@@ -189,10 +191,20 @@ fn limits_shrink_and_grow() {
         let again = [Step::Limits(0, 1), Step::Change(touch(3), true)];
         fail_every_call(name, &ram_and_bars(), &[0, 11], &step, &again);
     }
-    let bars = [bar(64, 8, 1), region(RegionKind::Ram, 32, 32, 0), bar(100, 8, 2)];
+    let bars = [
+        bar(64, 8, 1),
+        region(RegionKind::Ram, 32, 32, 0),
+        bar(100, 8, 2),
+    ];
     let step = Step::Limits(0, 1);
     let again = [Step::Limits(0, 1), Step::Change(touch(3), true)];
-    fail_every_call("limits grow: a window closes", &bars, &[2, 11], &step, &again);
+    fail_every_call(
+        "limits grow: a window closes",
+        &bars,
+        &[2, 11],
+        &step,
+        &again,
+    );
 }
 
 #[test]
