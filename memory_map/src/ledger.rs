@@ -69,6 +69,11 @@ impl Ledger {
         (failure.last >= address).then_some((failure.last, &failure.reason))
     }
 
+    /// Where the next failure begins after `address`, at which there is none.
+    pub(crate) fn failure_after(&self, address: u64) -> Option<u64> {
+        self.failures.range(address..).next().map(|(&at, _)| at)
+    }
+
     /// Forgets the failures in `start..=last`, and returns what was forgotten.
     pub(crate) fn forget_failures(&mut self, start: u64, last: u64) -> Vec<(u64, Failure)> {
         if self.failures.is_empty() {

@@ -464,3 +464,36 @@ fn mappings_that_are_no_whole_pages_any_more_are_made_anew() {
     f.move_to(bar, 0x2_0000);
     assert_eq!(f.reach(&handle, bar), Reach::Mapped);
 }
+
+#[test]
+fn what_was_revoked_does_not_hide_why_its_neighbour_is_missing() {
+    let f = fixture();
+    let mut spec = f.spec(RegionKind::DeviceMemory, 0x1_0000, 3);
+    let revoked = backing(2, &f.addresses);
+    spec.sub_mappings[0].size = PAGE;
+    spec.sub_mappings.push(SubMapping {
+        offset: PAGE,
+        size: 2 * PAGE,
+        backing: revoked.clone(),
+        backing_offset: 0,
+    });
+    let bar = f.add(spec).unwrap();
+    let (_table, handle) = f.target(TargetLimits {
+        largest_mapping: PAGE,
+        entry_limit: Some(2),
+        ..limits()
+    });
+    revoked.advance_epoch();
+    let missing = |start, reason| Missing {
+        range: range(start, 1),
+        reason,
+    };
+    let expected = Reach::Partly {
+        mapped: PAGE,
+        missing: vec![
+            missing(0x1_1000, Reason::Pending),
+            missing(0x1_2000, Reason::EntryLimit { limit: 2 }),
+        ],
+    };
+    assert_eq!(f.reach(&handle, bar), expected);
+}
