@@ -245,10 +245,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
                 let range = iova(piece.start, piece.last);
                 // What was missing before is not for this change to answer for.
-                let known = target
-                    .ledger
-                    .failure_at(piece.start)
-                    .is_some_and(|(last, reason)| last >= piece.last && *reason == piece.reason);
+                let known = target.ledger.is_known(piece.start, &failure_of(piece));
                 if self.class == Class::Host && !known {
                     return Err(ChangeError::Refused {
                         target: target.options.name.clone(),
@@ -279,7 +276,7 @@ impl<'a, 'w> Commit<'a, 'w> {
                     }
                     for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
                         let (start, last) = (piece.start, piece.last);
-                        target.ledger.fail(start, last, piece.reason.clone());
+                        target.ledger.fail(start, failure_of(piece));
                         self.failed.push((id, start, last));
                     }
                 }
@@ -362,8 +359,13 @@ impl<'a, 'w> Commit<'a, 'w> {
                     self.miss_ram(id, range, region, &reason);
                 }
                 let last = range.last().raw();
+                let failure = Failure {
+                    last,
+                    region,
+                    reason: reason.clone(),
+                };
                 self.inner
-                    .with_ledger(id, |ledger| ledger.fail(start, last, reason.clone()));
+                    .with_ledger(id, |ledger| ledger.fail(start, failure));
                 self.failed.push((id, start, last));
                 Action::Unavailable(reason)
             }
@@ -541,6 +543,14 @@ impl Inner {
 /// on its way back.
 fn is_awaited(busy: &HashSet<RegionId>, taken_back: &[RegionId], region: RegionId) -> bool {
     busy.contains(&region) && !taken_back.contains(&region)
+}
+
+fn failure_of(piece: &Unmappable) -> Failure {
+    Failure {
+        last: piece.last,
+        region: piece.region,
+        reason: piece.reason.clone(),
+    }
 }
 
 /// Whether a piece that a target cannot map is RAM that it should: not where it cannot or must not

@@ -64,7 +64,7 @@ impl Commit<'_, '_> {
         for (id, failures) in std::mem::take(&mut self.forgotten) {
             self.inner.with_ledger(id, |ledger| {
                 for (at, failure) in failures {
-                    ledger.fail(at, failure.last, failure.reason);
+                    ledger.fail(at, failure);
                 }
             });
         }

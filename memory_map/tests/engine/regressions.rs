@@ -8,7 +8,7 @@ use crate::fixture::{allow, fixture, range};
 use crate::page_table::{Call, Fault, PAGE, PageTable, backing, limits};
 use memory_map::{
     Access, Backing, ChangeError, ConsumerKind, DisabledBecause, DmaTarget, Errno, Gpa,
-    InvalidChange, IovaRange, MapRequest, Priority, Quarantine, Reach, Reason, RegionKind,
+    InvalidChange, IovaRange, MapRequest, Missing, Priority, Quarantine, Reach, Reason, RegionKind,
     SharingConsumer, SubMapping, TargetError, TargetLimits, TargetOptions,
 };
 use parking_lot::Mutex;
@@ -496,4 +496,43 @@ fn what_was_revoked_does_not_hide_why_its_neighbour_is_missing() {
         ],
     };
     assert_eq!(f.reach(&handle, bar), expected);
+}
+
+#[test]
+fn ram_that_takes_the_place_of_other_missing_ram_is_told_all_the_same() {
+    let f = fixture();
+    let moving = f.ram(0x2000, 2);
+    let (_table, _handle) = f.target(allow(&[(0x1000, 0xffff)]));
+    // The target cannot hold the first page.
+    let spec = f.spec(RegionKind::Ram, 0, 2);
+    let report = f.guest(|change| {
+        let id = change.add(spec);
+        change.enable(id);
+    });
+    assert_eq!(report.ram_missing.len(), 1);
+    // The older one is seen there.
+    let outcome = f.host(|change| change.move_to(moving, Gpa::new(0)));
+    assert!(matches!(outcome, Err(ChangeError::Refused { .. })));
+    let report = f.move_to(moving, 0);
+    assert_eq!(report.ram_missing.len(), 1, "of the region that moved");
+}
+
+#[test]
+fn ram_that_was_missing_before_refuses_nothing_in_however_many_pieces_it_was_noted() {
+    let f = fixture();
+    let (_table, _handle) = f.target(allow(&[(0, 0xffff)]));
+    let ram = f.spec(RegionKind::Ram, 0x1_0000, 4);
+    let report = f.guest(|change| {
+        let id = change.add(ram);
+        change.enable(id);
+    });
+    assert_eq!(report.ram_missing.len(), 1);
+    let below = |start, pages| {
+        let mut spec = f.spec(RegionKind::DeviceMemory, start, pages);
+        spec.priority = Priority(-1);
+        f.add(spec)
+    };
+    // Only the middle is looked at again, then all of it.
+    below(0x1_1000, 1).unwrap();
+    below(0x1_0000, 4).unwrap();
 }
