@@ -2,15 +2,15 @@
 //!
 //! For one target, by the promises on the map's front page:
 //! - A mapping of which any page changes (another page behind it, another access, nothing any
-//!   more, or the same page in a later epoch), or which is larger than any may be by now or no whole pages, has to go: at least one unmap each. Where one unmap
-//!   may span several, neighbours that go without a remainder are one call; a mapping with a
-//!   remainder goes alone, since its remainder is to be back before anything else is done.
+//!   more, or the same page in a later epoch), or which is no whole pages of the target by now, has
+//!   to go: at least one unmap each. Where one unmap may span several, neighbours that go without a
+//!   remainder are one call; a mapping with a remainder goes alone, since its remainder is to be
+//!   back before anything else is done.
 //! - What remains of it, that is, shows the same bytes, is mapped again: one map for each stretch
-//!   of one access. (Only of a mapping that has become too large it is cut, at multiples of the
-//!   largest.)
-//! - Whatever else is due is new: one map for each stretch of one region and
-//!   of pages that follow each other, cut
-//!   at multiples of the largest mapping and where a reserved window begins or ends.
+//!   of one access. A mapping that is larger than any may be by now stays as it is while nothing of
+//!   it changes; what remains of it is cut, at multiples of the largest.
+//! - Whatever else is due is new: one map for each stretch of one region and of pages that follow
+//!   each other, cut at multiples of the largest mapping and where a reserved window begins or ends.
 //! - Nothing else needs a call.
 //!
 //! The order between the kinds of consumers is checked along with it.
@@ -18,9 +18,9 @@
 use memory_map::{IovaRange, RegionId};
 
 use crate::CELL;
-use crate::check::Outcome;
 use crate::kernel::{Mapping, State, Translation};
 use crate::model::{CELLS, Due, LOW, View, address};
+use crate::outcome::Outcome;
 use crate::world::{Before, Target, World};
 
 /// What was held before, and what the world is now.
@@ -152,8 +152,7 @@ fn of_target(held: &Held<'_>, target: &Target, view: &View<'_>, least: &mut Call
             .kernel
             .state()
             .is_stale(mapping.to.backing, mapping.epoch);
-        let fits = mapping.last - start < target.limits.largest_mapping;
-        let stays = fits && !stale && cells.iter().all(|c| same(*c) == Some(mapping.to.access));
+        let stays = aligned && !stale && cells.iter().all(|c| same(*c) == Some(mapping.to.access));
         let mut parts: Vec<(u64, u64)> = Vec::new();
         let mut previous = None;
         for &cell in &cells {
@@ -180,7 +179,7 @@ fn of_target(held: &Held<'_>, target: &Target, view: &View<'_>, least: &mut Call
         let new = wanted[cell].filter(|_| !settled[cell]);
         let goes_on = matches!((previous, new), (Some(p), Some(n))
             if cell != LOW && p.after() == n);
-        let cut = address(cell) % target.limits.largest_mapping == 0;
+        let cut = address(cell).is_multiple_of(target.limits.largest_mapping);
         least.maps += u64::from(new.is_some() && (!goes_on || cut));
         previous = new;
     }

@@ -179,7 +179,6 @@ pub const ERRNO: Errno = Errno::new(12);
 
 impl Kernel {
     /// Its state. The map must not be called, nor a backing dropped, while this is held.
-    #[must_use]
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock()
     }
@@ -292,7 +291,7 @@ impl State {
         let held = table.mappings.len() as u64;
         let fits = |limits: &TargetLimits| {
             range.is_aligned(limits.page_size)
-                && request.offset % limits.page_size == 0
+                && request.offset.is_multiple_of(limits.page_size)
                 && range.size() <= limits.largest_mapping
                 && limits.allowed.iter().any(|r| r.covers(&range))
                 && limits.entry_limit.is_none_or(|limit| held < limit)

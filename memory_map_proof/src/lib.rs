@@ -11,19 +11,21 @@
 //! --operations N --seed S` as many random operations as wanted.
 
 #![expect(
-    clippy::missing_panics_doc,
     clippy::unwrap_used,
     reason = "all of this crate is a test: a panic there is a failed test and nothing else"
 )]
 
 pub mod bound;
-pub mod check;
+mod check;
 pub mod count;
 pub mod exhaustive;
 pub mod kernel;
 pub mod model;
+pub mod outcome;
 pub mod random;
 pub mod raw;
+mod reach;
+mod refusal;
 pub mod script;
 pub mod shape;
 mod small;

@@ -77,7 +77,7 @@ impl Region {
     /// RAM must start on a page.
     #[must_use]
     pub fn is_misplaced(&self) -> bool {
-        self.kind == RegionKind::Ram && self.start % GRANULE != 0
+        self.kind == RegionKind::Ram && !self.start.is_multiple_of(GRANULE)
     }
 
     fn covers(&self, address: u64) -> bool {

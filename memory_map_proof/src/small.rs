@@ -18,6 +18,8 @@ use crate::model::index;
 use crate::shape::Shape;
 
 const PAGES: u64 = 4;
+/// The same as the size of an array.
+const FOUR: usize = 4;
 const RAM: usize = 0;
 const SMALL: usize = 1;
 const LARGE: usize = 2;
@@ -137,7 +139,7 @@ struct Target {
     table: usize,
     sees_large: bool,
     /// What was missing when it was last looked at.
-    missing: [Option<Translation>; PAGES as usize],
+    missing: [Option<Translation>; FOUR],
 }
 
 /// The small world.
@@ -230,7 +232,7 @@ impl World {
             handle,
             table,
             sees_large: number == 0,
-            missing: [None; PAGES as usize],
+            missing: [None; FOUR],
         });
         Ok(())
     }
@@ -351,6 +353,11 @@ impl World {
         }
         self.check()?;
         Ok(Done { calls })
+    }
+
+    /// Takes note of what an operation in the middle of a script left missing.
+    fn note_missing(&mut self) {
+        let _checked_before = self.check();
     }
 
     /// All that the future can depend on: equal keys, equal futures.
@@ -483,11 +490,4 @@ impl World {
 
 fn at(page: u64, pages: u64) -> GpaRange {
     GpaRange::new(Gpa::new(page * GRANULE), pages * GRANULE).unwrap()
-}
-
-impl World {
-    /// Takes note of what an operation in the middle of a script left missing.
-    fn note_missing(&mut self) {
-        let _checked_before = self.check();
-    }
 }

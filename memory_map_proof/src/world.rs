@@ -5,15 +5,15 @@ use std::ops::ControlFlow;
 
 use memory_map::{
     Access, Backing, Change, ChangeError, ConsumerKind, DisabledBecause, Gpa, GpaRange, Priority,
-    Progress, Reason, RegionManager, RegionSpec, Report, SubMapping, TargetHandle, TargetId,
-    TargetLimits, TargetOptions,
+    Progress, Reason, RegionManager, RegionSpec, SubMapping, TargetHandle, TargetId, TargetLimits,
+    TargetOptions,
 };
 
 use crate::bound::{self, Held};
-use crate::check::Outcome;
 use crate::count::{Counts, failure};
 use crate::kernel::{Cutter, Kernel, Mapping, Translation};
 use crate::model::{Model, Page, Region, Viewer, address};
+use crate::outcome::Outcome;
 use crate::script::{BACKING_PAGES, Op, SLOTS, Step, Turn};
 use crate::shape::{self, Shape};
 use crate::{CELL, GRANULE};
@@ -562,16 +562,6 @@ fn spec(range: GpaRange, number: usize) -> RegionSpec {
         shareable: false,
         label: None,
         sub_mappings: Vec::new(),
-    }
-}
-
-/// What the change or the registration came to, kept for the checks.
-impl Outcome {
-    fn take(&mut self, result: Result<Option<Report>, ChangeError>) {
-        match result {
-            Ok(report) => self.report = report,
-            Err(error) => self.error = Some(error),
-        }
     }
 }
 

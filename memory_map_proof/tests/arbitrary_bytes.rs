@@ -1,5 +1,10 @@
 //! Arbitrary bytes as scripts, for a bounded number of them: no panic, no broken contract.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "all of this file is a test: a panic there is a failed test and nothing else"
+)]
+
 use memory_map_proof::random::{from_source, run};
 use memory_map_proof::raw;
 use memory_map_proof::script::{Bytes, EVERYTHING, Random, Source};

@@ -4,6 +4,11 @@
 //! class of change promises, every target holds exactly what the map says or is quarantined, the
 //! reach tells what is missing and why. Here it is checked as well that the next try succeeds.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "all of this file is a test: a panic there is a failed test and nothing else"
+)]
+
 use memory_map::{Access, RegionKind};
 use memory_map_proof::World;
 use memory_map_proof::kernel::Fault;
