@@ -48,8 +48,15 @@ impl NewMapping {
         }
     }
 
+    /// Cuts it at multiples of `largest` if it is larger than that.
+    pub(crate) fn cut_if_larger(self, largest: u64) -> impl Iterator<Item = Self> {
+        // There is nothing to cut at multiples of nothing.
+        let at = if self.size() > largest { largest } else { 0 };
+        self.cut(at)
+    }
+
     /// Cuts it at multiples of `largest`, a power of two.
-    pub(crate) fn cut(self, largest: u64) -> impl Iterator<Item = Self> {
+    fn cut(self, largest: u64) -> impl Iterator<Item = Self> {
         let mut next = Some(self.start);
         std::iter::from_fn(move || {
             let start = next.filter(|&start| start <= self.last)?;
@@ -298,7 +305,7 @@ fn again(
     if parts.iter().any(|part| part.size() > largest) {
         parts = parts
             .into_iter()
-            .flat_map(|part| part.cut(largest))
+            .flat_map(|part| part.cut_if_larger(largest))
             .collect();
     }
     parts

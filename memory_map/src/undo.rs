@@ -143,7 +143,7 @@ impl Commit<'_, '_> {
             .inner
             .with_target(id, |target| target.limits.largest_mapping);
         // It was made when the target could take more at a time, if it is cut.
-        for new in new.cut(largest.unwrap_or(u64::MAX)) {
+        for new in new.cut_if_larger(largest.unwrap_or(u64::MAX)) {
             // In this class a map records its failure and does not end the commit.
             let _recorded = self.map(id, new, false);
         }

@@ -536,3 +536,15 @@ fn ram_that_was_missing_before_refuses_nothing_in_however_many_pieces_it_was_not
     below(0x1_1000, 1).unwrap();
     below(0x1_0000, 4).unwrap();
 }
+
+#[test]
+fn only_what_has_become_too_large_is_cut_when_a_mapping_is() {
+    let f = fixture();
+    let bar = f.bar(0x1_2000, 16);
+    let (table, handle) = f.target(limits());
+    table.0.lock().limits.largest_mapping = 4 * PAGE;
+    f.map.limits_changed(handle.id()).unwrap();
+    // The three pages left of the hole are small enough, though they lie across a multiple.
+    let report = f.guest(|change| change.remove_sub_mapping(bar, 3 * PAGE, PAGE));
+    assert_eq!((report.unmaps(), report.maps()), (1, 1 + 4));
+}
