@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use memory_map::{ChangeError, Reason, RegionKind, TargetId, TargetName};
+use memory_map::{ChangeError, Reason, RegionKind, TargetId};
 
 use crate::check::{Checked, cells_in, ensure};
 use crate::kernel::{CallKind, Fault, Mapping, State, Translation};
@@ -34,23 +34,25 @@ impl World {
         if !one || meanwhile || !outcome.revoked.is_empty() {
             return Ok(());
         }
+        let excused =
+            |at: usize| state.tables[at].dead || self.has_no_room_for_pieces(before, &state, at);
         for (at, held) in before.tables.iter().enumerate() {
             let table = &state.tables[at];
             let largest = table.limits.last().map_or(u64::MAX, |l| l.largest_mapping);
             let same = is_put_back(held, &table.mappings, largest);
-            ensure(same || table.dead, || {
+            ensure(same || excused(at), || {
                 format!("t{at} differs after {error}")
             })?;
         }
-        let dead: Vec<TargetId> = (self.targets.iter())
-            .filter(|target| state.tables[target.table].dead)
+        let excused: Vec<TargetId> = (self.targets.iter())
+            .filter(|target| excused(target.table))
             .map(|target| target.handle.id())
             .collect();
         drop(state);
-        let alive = |reach: &&memory_map::ReachEntry| !dead.contains(&reach.target);
+        let compared = |reach: &&memory_map::ReachEntry| !excused.contains(&reach.target);
         let (old, new) = (before.reach.iter(), self.map.reach());
         // What was mapped in a revoked epoch may be mapped in the current one now.
-        let same = before.stale || old.filter(alive).eq(new.iter().filter(alive));
+        let same = before.stale || old.filter(compared).eq(new.iter().filter(compared));
         ensure(same, || format!("the reach differs after {error}"))
     }
 
@@ -62,14 +64,16 @@ impl World {
         };
         let state = self.kernel.state();
         let fired = |kind| state.fired.iter().any(|(k, _)| *k == kind);
-        for (target, range) in outcome.not_put_back() {
-            // Without a failure it can only be RAM that was tried again and is missing as before.
-            let missing = |(table, cell): &(usize, usize)| {
-                target == format!("t{table}").as_str().into()
-                    && range.contains(memory_map::Iova::new(address(*cell)))
+        for (name, range) in outcome.not_put_back() {
+            let mut targets = self.targets.iter().map(|target| target.table);
+            let Some(at) = targets.find(|at| name == format!("t{at}").as_str().into()) else {
+                return Err(format!("{error} names no target"));
             };
-            let known = self.excuses.keys().any(missing);
-            let no_room = self.has_no_room_for_pieces(before, &state, &target);
+            // Without a failure it can only be RAM that was tried again and is missing as before.
+            let known = self.excuses.keys().any(|(table, cell)| {
+                *table == at && range.contains(memory_map::Iova::new(address(*cell)))
+            });
+            let no_room = self.has_no_room_for_pieces(before, &state, at);
             ensure(known || no_room || !state.fired.is_empty(), || {
                 "lost in an undo without cause".into()
             })?;
@@ -109,15 +113,16 @@ impl World {
 
     /// Whether a target held a mapping that is larger than any may be by now, and so can only be put
     /// back in pieces, for which it has no room.
-    fn has_no_room_for_pieces(&self, before: &Before, state: &State, name: &TargetName) -> bool {
+    fn has_no_room_for_pieces(&self, before: &Before, state: &State, at: usize) -> bool {
         let mut targets = self.targets.iter();
-        let named = targets.find(|target| *name == format!("t{}", target.table).as_str().into());
-        named.is_some_and(|target| {
-            let largest = target.limits.largest_mapping;
-            let held = before.tables.get(target.table).into_iter().flatten();
-            let mut sizes = held.map(|(start, mapping)| mapping.last - start);
-            state.tables[target.table].was_full && sizes.any(|size| size >= largest)
-        })
+        targets
+            .find(|target| target.table == at)
+            .is_some_and(|target| {
+                let largest = target.limits.largest_mapping;
+                let held = before.tables.get(at).into_iter().flatten();
+                let mut sizes = held.map(|(start, mapping)| mapping.last - start);
+                state.tables[at].was_full && sizes.any(|size| size >= largest)
+            })
     }
 
     /// Whether the model, too, finds RAM in `range` that the target cannot hold.
