@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 
 use crate::addresses::KeptAddress;
 use crate::change::Operation;
-use crate::layout::{self, Applied};
+use crate::layout::{self, Applied, IdSet};
 use crate::ledger::{Entry, Failure};
 use crate::mapping::call_unmap;
 use crate::plan::{NewMapping, Plan, Unmap, plan, whole_pages};
@@ -126,6 +126,9 @@ pub(crate) struct Commit<'a, 'w> {
     pub(crate) made: Vec<BackingId>,
     /// What this commit could not map.
     pub(crate) failed: Vec<(TargetId, u64, u64)>,
+    /// The commit's own regions once it is being undone. They are as they were and still busy, and
+    /// nobody else answers for them.
+    pub(crate) taken_back: SmallVec<[RegionId; 4]>,
     pub(crate) report: Report,
     pub(crate) cut_offs: Vec<PendingCutOff>,
     pub(crate) leftovers: Leftovers,
@@ -162,6 +165,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             forgotten: Vec::new(),
             made: Vec::new(),
             failed: Vec::new(),
+            taken_back: SmallVec::new(),
             leftovers: Leftovers::default(),
             report: Report::default(),
             cut_offs: Vec::new(),
@@ -310,10 +314,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
                 let range = iova(piece.start, piece.last);
                 // What was missing before is not for this change to answer for.
-                let known = target
-                    .ledger
-                    .failure_at(piece.start)
-                    .is_some_and(|(last, reason)| last >= piece.last && *reason == piece.reason);
+                let known = target.ledger.is_known(piece.start, &failure_of(piece));
                 if self.class.may_be_refused() && !known {
                     return Err(ChangeError::Refused {
                         target: target.options.name.clone(),
@@ -322,7 +323,10 @@ impl<'a, 'w> Commit<'a, 'w> {
                         reason: piece.reason.clone(),
                     });
                 }
-                if !known && !target.joining && !state.busy.contains(&piece.region) {
+                if !known
+                    && !target.joining
+                    && !is_awaited(&state.busy, &self.taken_back, piece.region)
+                {
                     let missing = (id, range, piece.reason.clone());
                     self.report.ram_missing.push(missing);
                 }
@@ -351,7 +355,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             }
             for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
                 let (start, last) = (piece.start, piece.last);
-                target.ledger.fail(start, last, piece.reason.clone());
+                target.ledger.fail(start, failure_of(piece));
                 self.failed.push((*id, start, last));
             }
         }
@@ -363,7 +367,7 @@ impl<'a, 'w> Commit<'a, 'w> {
     fn miss_ram(&mut self, id: TargetId, range: IovaRange, region: RegionId, reason: &Reason) {
         let state = self.inner.state.lock();
         let joining = state.targets.get(&id).is_none_or(|target| target.joining);
-        if !joining && !state.busy.contains(&region) {
+        if !joining && !is_awaited(&state.busy, &self.taken_back, region) {
             self.report.ram_missing.push((id, range, reason.clone()));
         }
     }
@@ -439,8 +443,13 @@ impl<'a, 'w> Commit<'a, 'w> {
                     self.miss_ram(id, range, region, &reason);
                 }
                 let last = range.last().raw();
+                let failure = Failure {
+                    last,
+                    region,
+                    reason: reason.clone(),
+                };
                 self.inner
-                    .with_ledger(id, |ledger| ledger.fail(start, last, reason.clone()));
+                    .with_ledger(id, |ledger| ledger.fail(start, failure));
                 self.failed.push((id, start, last));
                 Action::Unavailable(reason)
             }
@@ -569,6 +578,7 @@ impl Inner {
                 let targets = state.targets_in_order();
                 drop(state);
                 commit.leftovers.layout.push(leftovers);
+                commit.taken_back.clone_from(&touched);
                 Err(commit.undo(cause, &targets, &dirty, &revoked))
             }
         };
@@ -612,6 +622,20 @@ impl Inner {
             let targets = state.targets_in_order();
             return Ok((turn, applied, targets));
         }
+    }
+}
+
+/// Whether RAM of a region is not counted on yet: an unfinished host's commit is at it, and not
+/// on its way back.
+fn is_awaited(busy: &IdSet<RegionId>, taken_back: &[RegionId], region: RegionId) -> bool {
+    busy.contains(&region) && !taken_back.contains(&region)
+}
+
+fn failure_of(piece: &Unmappable) -> Failure {
+    Failure {
+        last: piece.last,
+        region: piece.region,
+        reason: piece.reason.clone(),
     }
 }
 

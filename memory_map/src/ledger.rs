@@ -29,6 +29,8 @@ impl Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) last: u64,
+    /// Of which region.
+    pub(crate) region: RegionId,
     pub(crate) reason: Reason,
 }
 
@@ -73,15 +75,39 @@ impl Ledger {
     }
 
     /// Notes that the target does not hold `start..=last` although it should.
-    pub(crate) fn fail(&mut self, start: u64, last: u64, reason: Reason) {
-        drop(self.forget_failures(start, last));
-        self.failures.insert(start, Failure { last, reason });
+    pub(crate) fn fail(&mut self, start: u64, failure: Failure) {
+        drop(self.forget_failures(start, failure.last));
+        self.failures.insert(start, failure);
+    }
+
+    /// Whether it is noted that the target lacks all of this, of the same region and for the same
+    /// reason, be it in one piece or in several.
+    pub(crate) fn is_known(&self, start: u64, missing: &Failure) -> bool {
+        let mut next = Some(start);
+        while let Some(at) = next.filter(|&at| at <= missing.last) {
+            let known = self.failures.at_or_below(at);
+            let Some((_, known)) = known.filter(|(_, known)| {
+                known.last >= at && known.region == missing.region && known.reason == missing.reason
+            }) else {
+                return false;
+            };
+            next = known.last.checked_add(1);
+        }
+        true
     }
 
     /// Why the target does not hold `address`, if it should.
     pub(crate) fn failure_at(&self, address: u64) -> Option<(u64, &Reason)> {
         let (_, failure) = self.failures.at_or_below(address)?;
         (failure.last >= address).then_some((failure.last, &failure.reason))
+    }
+
+    /// Where the next failure begins after `address`, at which there is none.
+    pub(crate) fn failure_after(&self, address: u64) -> Option<u64> {
+        self.failures
+            .starting_from(address)
+            .next()
+            .map(|(at, _)| at)
     }
 
     /// Forgets the failures in `start..=last`, and returns what was forgotten.
@@ -99,7 +125,7 @@ impl Ledger {
             if at < start {
                 let head = Failure {
                     last: start.wrapping_sub(1),
-                    reason: failure.reason.clone(),
+                    ..failure.clone()
                 };
                 self.failures.insert(at, head);
             }
@@ -126,7 +152,12 @@ mod tests {
     #[test]
     fn forgetting_a_part_of_a_failure_keeps_the_rest() {
         let mut ledger = Ledger::default();
-        ledger.fail(0x1000, 0x4fff, Reason::Trapped);
+        let failure = Failure {
+            last: 0x4fff,
+            region: RegionId(1),
+            reason: Reason::Trapped,
+        };
+        ledger.fail(0x1000, failure);
         let forgotten = ledger.forget_failures(0x2000, 0x2fff);
         assert_eq!(forgotten.len(), 1);
         assert_eq!((forgotten[0].0, forgotten[0].1.last), (0x2000, 0x2fff));

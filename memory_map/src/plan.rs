@@ -48,6 +48,13 @@ impl NewMapping {
         }
     }
 
+    /// Cuts it at multiples of `largest` if it is larger than that.
+    pub(crate) fn cut_if_larger(self, largest: u64) -> impl Iterator<Item = Self> {
+        // There is nothing to cut at multiples of nothing.
+        let at = if self.size() > largest { largest } else { 0 };
+        self.cut(at)
+    }
+
     /// Cuts it at multiples of `largest`, a power of two.
     fn cut(self, largest: u64) -> impl Iterator<Item = Self> {
         let mut rest = Some(self);
@@ -163,6 +170,7 @@ pub(crate) fn plan(
     // Addresses that need no new mapping: kept entries, and what is mapped again at once.
     let mut settled: SmallVec<[(u64, u64); 4]> = SmallVec::new();
     let mut next_entry = Some(0);
+    let mask = viewer.limits.page_size.wrapping_sub(1);
     for &(start, last) in dirty {
         for (at, entry) in ledger.entries_in(start, last) {
             // An entry that reaches over several dirty ranges is looked at once.
@@ -170,11 +178,17 @@ pub(crate) fn plan(
                 continue;
             }
             next_entry = entry.last.checked_add(1);
-            if !entry.is_stale() && is_wanted_whole(at, entry, dirty, &wanted) {
+            // Not so any more where the target's pages have grown: it is planned anew as a whole.
+            let whole_pages = (at | entry.last.wrapping_add(1)) & mask == 0;
+            if whole_pages && !entry.is_stale() && is_wanted_whole(at, entry, dirty, &wanted) {
                 settled.push((at, entry.last));
                 continue;
             }
-            let again = again(at, entry, dirty, &wanted, viewer.limits.largest_mapping);
+            let again = if whole_pages {
+                again(at, entry, dirty, &wanted, viewer.limits.largest_mapping)
+            } else {
+                Vec::new()
+            };
             settled.extend(again.iter().map(|new| (new.start, new.last)));
             let joins = down.last().is_some_and(|previous| {
                 viewer.limits.unmap_spans
@@ -309,7 +323,7 @@ fn again(
     if parts.iter().any(|part| part.size() > largest) {
         parts = parts
             .into_iter()
-            .flat_map(|part| part.cut(largest))
+            .flat_map(|part| part.cut_if_larger(largest))
             .collect();
     }
     parts

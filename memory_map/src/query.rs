@@ -162,6 +162,9 @@ fn miss_until(ledger: &Ledger, start: u64, last: u64, found: &mut Found) -> u64 
         None => {
             // Wanted, not refused and not there: a commit is on its way, or a revocation has
             // not been followed up.
+            let last = ledger
+                .failure_after(start)
+                .map_or(last, |at| last.min(at.wrapping_sub(1)));
             found.miss(start, last, Reason::Pending);
             last
         }

@@ -65,7 +65,7 @@ impl Commit<'_, '_> {
         for (id, failures) in std::mem::take(&mut self.forgotten) {
             self.inner.with_ledger(id, |ledger| {
                 for (at, failure) in failures {
-                    ledger.fail(at, failure.last, failure.reason);
+                    ledger.fail(at, failure);
                 }
             });
         }
@@ -142,11 +142,17 @@ impl Commit<'_, '_> {
             backing: entry.backing.clone(),
             offset: entry.offset,
         };
-        let Some(driver) = self.inner.driver(id) else {
+        let largest = self
+            .inner
+            .with_target(id, |target| target.limits.largest_mapping);
+        let (Some(driver), Some(largest)) = (self.inner.driver(id), largest) else {
             return;
         };
-        // In this class a map records its failure and does not end the commit.
-        let _recorded = self.map(id, &driver, new, false);
+        // It was made when the target could take more at a time, if it is cut.
+        for new in new.cut_if_larger(largest) {
+            // In this class a map records its failure and does not end the commit.
+            let _recorded = self.map(id, &driver, new, false);
+        }
     }
 
     /// Takes everything down that a target holds, and ends it. A quarantined one is tried once
