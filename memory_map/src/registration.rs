@@ -69,19 +69,20 @@ impl Inner {
         let turn = self.turns.take();
         self.state.lock().targets.insert(id, target);
         let mut commit = Commit::new(self, turn, Class::Joining, watch);
-        let outcome = commit.run(&[id], &[EVERYTHING]);
-        match outcome {
+        let outcome = match commit.run(&[id], &[EVERYTHING]) {
             Ok(()) => {
                 self.with_target(id, |target| target.joining = false);
+                Ok(())
             }
             // There is nothing to go back to but an empty target.
-            Err(_) => {
+            Err(cause) => {
                 let target = self.state.lock().targets.remove(&id);
-                if let Some(target) = target {
-                    commit.tear_down(id, target);
-                }
+                Err(match target {
+                    Some(target) => commit.undo_joining(cause, id, target),
+                    None => cause,
+                })
             }
-        }
+        };
         let wakes = self.state.lock().all_reach_changed();
         drop(commit.end(wakes));
         outcome.map(|()| TargetHandle {

@@ -6,11 +6,13 @@ use crate::mapping::call_unmap;
 use crate::plan::NewMapping;
 use crate::state::Target;
 use crate::translation::iova;
-use crate::{Backing, ChangeError, Quarantine, TargetId};
+use crate::{
+    Action, Backing, ChangeError, IovaRange, Quarantine, Reason, Report, TargetId, TargetName,
+};
 
 impl Commit<'_, '_> {
-    /// Undoes what was done to the targets, and wraps `cause` if RAM was lost on the way. The
-    /// caller has reverted the layout. A revocation cannot be undone: what was mapped from
+    /// Undoes what was done to the targets, and wraps `cause` if something was lost on the way.
+    /// The caller has reverted the layout. A revocation cannot be undone: what was mapped from
     /// `revoked` is redone.
     ///
     /// If nobody else has committed in between, the steps are undone one by one, the last one
@@ -26,8 +28,8 @@ impl Commit<'_, '_> {
         self.was_interrupted();
         // From here on nothing can be refused: there is nothing to go back to.
         self.class = Class::Guest;
-        self.report.mappings.clear();
-        self.report.ram_missing.clear();
+        let quarantined = std::mem::take(&mut self.report).quarantined;
+        let missing_before = self.forgotten.clone();
         let journal = std::mem::take(&mut self.journal);
         for (id, start, last) in std::mem::take(&mut self.failed) {
             self.inner
@@ -50,15 +52,36 @@ impl Commit<'_, '_> {
         }
         let unmapped = self.inner.unmapped_addresses(&self.made);
         self.leftovers.addresses.extend(unmapped);
-        match self.report.ram_missing.first().cloned() {
-            Some((id, range, reason)) => ChangeError::UndoLostRam {
-                cause: Box::new(cause),
-                target: self.inner.target_name(id),
-                range,
-                reason,
-            },
-            None => cause,
-        }
+        let was_missing = |id: TargetId, range: IovaRange| {
+            let mut its = missing_before.iter().filter(|(of, _)| *of == id);
+            its.any(|(_, failures)| {
+                let mut failures = failures.iter();
+                failures.any(|(at, failure)| {
+                    *at <= range.last().raw() && range.start().raw() <= failure.last
+                })
+            })
+        };
+        let lost = first_lost(&self.report, &quarantined, was_missing);
+        let of_undo = std::mem::take(&mut self.report);
+        self.report.quarantined = quarantined;
+        let name = |id| self.inner.target_name(id);
+        incomplete(cause, of_undo, lost, name)
+    }
+
+    /// The end of a target that could not join, for `cause`.
+    pub(crate) fn undo_joining(
+        &mut self,
+        cause: ChangeError,
+        id: TargetId,
+        target: Target,
+    ) -> ChangeError {
+        let name = target.options.name.clone();
+        let quarantined = std::mem::take(&mut self.report).quarantined;
+        self.tear_down(id, target);
+        let lost = first_lost(&self.report, &quarantined, |_, _| false);
+        let of_undo = std::mem::take(&mut self.report);
+        self.report.quarantined = quarantined;
+        incomplete(cause, of_undo, lost, |_| name.clone())
     }
 
     fn undo_steps(&mut self, journal: impl DoubleEndedIterator<Item = Done>) {
@@ -198,4 +221,50 @@ impl Commit<'_, '_> {
         let unneeded = self.inner.unneeded_addresses();
         self.leftovers.addresses.extend(unneeded);
     }
+}
+
+/// What is to be said of a change that was undone.
+fn incomplete(
+    cause: ChangeError,
+    report: Report,
+    lost: Option<(TargetId, IovaRange, Reason)>,
+    name: impl Fn(TargetId) -> TargetName,
+) -> ChangeError {
+    match lost {
+        Some((id, range, reason)) => ChangeError::UndoIncomplete {
+            cause: Box::new(cause),
+            target: name(id),
+            range,
+            reason,
+            report: Box::new(report),
+        },
+        None => cause,
+    }
+}
+
+/// What an undo could not put back, RAM first, except for what `was_missing` before and for what
+/// is in targets that were `quarantined` before.
+fn first_lost(
+    report: &Report,
+    quarantined: &[(TargetId, Quarantine)],
+    was_missing: impl Fn(TargetId, IovaRange) -> bool,
+) -> Option<(TargetId, IovaRange, Reason)> {
+    let ram = report.ram_missing.first().cloned();
+    let newly_quarantined = || {
+        let is_new = |id| quarantined.iter().all(|(before, _)| *before != id);
+        let (id, why) = report.quarantined.iter().find(|(id, _)| is_new(*id))?;
+        let (Quarantine::Unmap { range, .. } | Quarantine::Map { range, .. }) = why;
+        Some((*id, *range, Reason::Quarantined))
+    };
+    let mut unavailable = report
+        .mappings
+        .iter()
+        .filter_map(|change| match &change.action {
+            // The quarantine itself has been told.
+            Action::Unavailable(Reason::Quarantined) => None,
+            Action::Unavailable(reason) => Some((change.target, change.iova, reason.clone())),
+            Action::Mapped | Action::Unmapped => None,
+        });
+    ram.or_else(newly_quarantined)
+        .or_else(|| unavailable.find(|(id, range, _)| !was_missing(*id, *range)))
 }

@@ -4,12 +4,12 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::fixture::{allow, fixture, range};
+use crate::fixture::{allow, at_most, fixture, range};
 use crate::page_table::{Call, Fault, PAGE, PageTable, backing, limits};
 use memory_map::{
     Access, Backing, ChangeError, ConsumerKind, DisabledBecause, DmaTarget, Errno, Gpa,
-    InvalidChange, IovaRange, MapRequest, Missing, Priority, Quarantine, Reach, Reason, RegionKind,
-    SharingConsumer, SubMapping, TargetError, TargetLimits, TargetOptions,
+    InvalidChange, Iova, IovaRange, MapRequest, Missing, Priority, Quarantine, Reach, Reason,
+    RegionKind, SharingConsumer, SubMapping, TargetError, TargetLimits, TargetOptions,
 };
 use parking_lot::Mutex;
 
@@ -410,9 +410,71 @@ fn ram_that_is_lost_in_the_undo_of_its_own_change_is_told() {
         .unwrap_err();
     assert_eq!(table.len(), 0, "neither read-only nor as it was");
     assert!(
-        matches!(error, ChangeError::UndoLostRam { .. }),
+        matches!(&error, ChangeError::UndoIncomplete { report, .. } if !report.ram_missing.is_empty()),
         "the RAM is gone, and all that is said is {error}"
     );
+}
+
+#[test]
+fn a_bar_that_is_lost_in_an_undo_is_told() {
+    let f = fixture();
+    let bar = f.bar(0x1_0000, 2);
+    let (table, target) = f.target(limits());
+    table.0.lock().refuse_maps = Some(TargetError::kernel(Errno::new(12)));
+    let ram = f.spec(RegionKind::Ram, 0x10_0000, 2);
+    let error = f
+        .host(|change| {
+            change.move_to(bar, Gpa::new(0x2_0000));
+            let ram = change.add(ram);
+            change.enable(ram);
+        })
+        .unwrap_err();
+    let ChangeError::UndoIncomplete {
+        cause,
+        range,
+        report,
+        ..
+    } = &error
+    else {
+        panic!("the BAR is gone, and all that is said is {error}");
+    };
+    assert!(matches!(**cause, ChangeError::Refused { .. }));
+    assert_eq!(range.start(), Iova::new(0x1_0000));
+    assert!(report.ram_missing.is_empty());
+    assert!(matches!(
+        f.reach(&target, bar),
+        Reach::Unavailable(Reason::Kernel { .. })
+    ));
+
+    // What was missing before is not lost: the same again, with nothing to lose.
+    let again = f.host(|change| {
+        let ram = change.add(f.spec(RegionKind::Ram, 0x10_0000, 2));
+        change.enable(ram);
+    });
+    assert!(
+        matches!(again, Err(ChangeError::Refused { .. })),
+        "{again:?}"
+    );
+}
+
+#[test]
+fn a_quarantine_on_the_way_back_from_a_registration_is_told() {
+    let f = fixture();
+    f.ram(0x1_0000, 4);
+    // There is no room for the second mapping, and the first cannot be taken down again.
+    let table = PageTable::new(TargetLimits {
+        entry_limit: Some(1),
+        ..at_most(2)
+    });
+    table.fail_in(1, Fault::UnknownNotDone);
+    let error = f
+        .map
+        .register(table.boxed(), TargetOptions::new("x"))
+        .unwrap_err();
+    let ChangeError::UndoIncomplete { report, .. } = &error else {
+        panic!("the target may still reach the RAM, and all that is said is {error}");
+    };
+    assert_eq!(report.quarantined.len(), 1);
 }
 
 #[test]
