@@ -13,14 +13,16 @@ use smallvec::SmallVec;
 
 use crate::addresses::KeptAddress;
 use crate::change::Operation;
-use crate::layout::{self, Applied, IdSet};
+use crate::layout::{self, Applied};
 use crate::ledger::{Entry, Failure};
 use crate::mapping::call_unmap;
-use crate::plan::{NewMapping, Plan, Unmap, plan, whole_pages};
+use crate::plan::{NewMapping, Unmap};
+use crate::planned::Planned;
 use crate::state::{Busy, Driver, Inner, Target, TargetIds};
 use crate::subscription::Wakes;
-use crate::translation::{Unmappable, iova};
+use crate::translation::iova;
 use crate::turn::Turn;
+use crate::up::Later;
 use crate::{
     Action, BackingId, ChangeError, CutOff, InvalidChange, IovaRange, MappingChange, Progress,
     Quarantine, Reason, RegionId, RegionKind, Report, TargetId, TargetName, TargetOptions,
@@ -55,50 +57,6 @@ pub(crate) enum Done {
 
 /// Ledger entries by their first address; mostly one.
 pub(crate) type Entries = SmallVec<[(u64, Entry); 1]>;
-
-/// Mappings still to be made: the last target first, each one's in order.
-#[derive(Default)]
-struct Later(SmallVec<[LaterIn; 1]>);
-
-/// Mappings still to be made in one target.
-struct LaterIn {
-    target: TargetId,
-    driver: Driver,
-    new: smallvec::IntoIter<[NewMapping; 1]>,
-}
-
-impl Later {
-    fn push(&mut self, target: TargetId, driver: Driver, new: SmallVec<[NewMapping; 1]>) {
-        if !new.is_empty() {
-            let new = new.into_iter();
-            self.0.push(LaterIn {
-                target,
-                driver,
-                new,
-            });
-        }
-    }
-
-    fn next(&mut self) -> Option<(TargetId, &Driver, NewMapping)> {
-        while self.0.last()?.new.len() == 0 {
-            drop(self.0.pop());
-        }
-        let its = self.0.last_mut()?;
-        let new = its.new.next()?;
-        Some((its.target, &its.driver, new))
-    }
-
-    fn is_empty(&self) -> bool {
-        self.0.iter().all(|its| its.new.len() == 0)
-    }
-}
-
-/// The calls that bring one target up to date, and how to call it.
-struct Planned {
-    target: TargetId,
-    driver: Driver,
-    plan: Plan,
-}
 
 /// What is to be told to the owner of a quarantined target once all locks are dropped.
 pub(crate) struct PendingCutOff {
@@ -213,166 +171,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         self.map_all(later, targets, dirty)
     }
 
-    /// Makes mappings.
-    fn map_all(
-        &mut self,
-        mut later: Later,
-        targets: &[TargetId],
-        dirty: &[(u64, u64)],
-    ) -> Result<(), ChangeError> {
-        let mut interrupted = false;
-        while let Some((target, driver, new)) = later.next() {
-            if interrupted {
-                self.map_remaining(&[target], &[(new.start, new.last)])?;
-            } else {
-                self.watched()?;
-                self.map(target, driver, new, self.class.may_be_refused())?;
-                interrupted = self.was_interrupted();
-            }
-        }
-        if interrupted {
-            // Others do not answer for RAM that this commit is still adding, or for a target that
-            // is still joining: what they could not map there is this commit's to map, or to fail.
-            self.map_remaining(targets, dirty)?;
-        }
-        Ok(())
-    }
-
-    /// Makes what is still to be mapped of a range that was planned before somebody else's step.
-    /// What they changed elsewhere they have mapped themselves, so to look at the rest of the plan
-    /// again is enough, and at each piece of it only once: a guest that moves BARs all the time
-    /// must not make a long commit plan all of its rest after every step.
-    fn map_remaining(
-        &mut self,
-        targets: &[TargetId],
-        dirty: &[(u64, u64)],
-    ) -> Result<(), ChangeError> {
-        let mut later = self.remaining(targets, dirty);
-        while let Some((target, driver, new)) = later.next() {
-            self.watched()?;
-            self.map(target, driver, new, self.class.may_be_refused())?;
-            if self.was_interrupted() && !later.is_empty() {
-                later = self.remaining(targets, dirty);
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether somebody else has taken a step since this was last asked.
-    pub(crate) fn was_interrupted(&mut self) -> bool {
-        if self.class == Class::Guest {
-            return false;
-        }
-        let steps = self.inner.steps();
-        let interrupted = steps != self.seen_steps;
-        self.seen_steps = steps;
-        self.interrupted |= interrupted;
-        interrupted
-    }
-
-    /// What is still to be mapped: somebody else may have mapped some of it,
-    /// or covered it. BARs that were refused already are not tried again.
-    fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Later {
-        let state = self.inner.landed(dirty);
-        let mut later = Later::default();
-        for &id in targets {
-            let Some(target) = state.targets.get(&id) else {
-                continue;
-            };
-            if target.quarantined.is_some() {
-                continue;
-            }
-            let dirty = whole_pages(dirty, target.limits.page_size);
-            let plan = plan(&state.layout, &target.viewer(), &target.ledger, &dirty);
-            let refused = |new: &NewMapping| {
-                new.kind == RegionKind::DeviceMemory
-                    && target.ledger.failure_at(new.start).is_some()
-            };
-            let up = plan.up.into_iter().filter(|new| !refused(new)).collect();
-            later.push(id, target.driver.clone(), up);
-        }
-        later
-    }
-
-    fn plan(
-        &mut self,
-        targets: &[TargetId],
-        dirty: &[(u64, u64)],
-    ) -> Result<SmallVec<[Planned; 1]>, ChangeError> {
-        let mut plans: SmallVec<[Planned; 1]> = SmallVec::new();
-        let mut state = self.inner.landed(dirty);
-        let state = &mut *state;
-        for &id in targets {
-            let Some(target) = state.targets.get_mut(&id) else {
-                continue;
-            };
-            if target.quarantined.is_some() {
-                continue;
-            }
-            let dirty = whole_pages(dirty, target.limits.page_size);
-            let plan = plan(&state.layout, &target.viewer(), &target.ledger, &dirty);
-            for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
-                let range = iova(piece.start, piece.last);
-                // What was missing before is not for this change to answer for.
-                let known = target.ledger.is_known(piece.start, &failure_of(piece));
-                if self.class.may_be_refused() && !known {
-                    return Err(ChangeError::Refused {
-                        target: target.options.name.clone(),
-                        range,
-                        region: state.layout.region(piece.region)?.name.clone(),
-                        reason: piece.reason.clone(),
-                    });
-                }
-                if !known
-                    && !target.joining
-                    && !is_awaited(&state.busy, &self.taken_back, piece.region)
-                {
-                    let missing = (id, range, piece.reason.clone());
-                    self.report.ram_missing.push(missing);
-                }
-            }
-            plans.push(Planned {
-                target: id,
-                driver: target.driver.clone(),
-                plan,
-            });
-        }
-        // Nothing is refused from here on.
-        for Planned {
-            target: id, plan, ..
-        } in &plans
-        {
-            let Some(target) = state.targets.get_mut(id) else {
-                continue;
-            };
-            if target.ledger.has_failures() {
-                for (start, last) in whole_pages(dirty, target.limits.page_size) {
-                    let forgotten = target.ledger.forget_failures(start, last);
-                    if !forgotten.is_empty() {
-                        self.forgotten.push((*id, forgotten));
-                    }
-                }
-            }
-            for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
-                let (start, last) = (piece.start, piece.last);
-                target.ledger.fail(start, failure_of(piece));
-                self.failed.push((*id, start, last));
-            }
-        }
-        Ok(plans)
-    }
-
-    /// Notes that RAM is missing in a target. A target that is still joining, and RAM that is
-    /// still being added, are not counted on yet: that commit finds out for itself.
-    fn miss_ram(&mut self, id: TargetId, range: IovaRange, region: RegionId, reason: &Reason) {
-        let state = self.inner.state.lock();
-        let joining = state.targets.get(&id).is_none_or(|target| target.joining);
-        if !joining && !is_awaited(&state.busy, &self.taken_back, region) {
-            self.report.ram_missing.push((id, range, reason.clone()));
-        }
-    }
-
-    fn watched(&mut self) -> Result<(), ChangeError> {
+    pub(crate) fn watched(&mut self) -> Result<(), ChangeError> {
         match (self.watch)(self.progress) {
             ControlFlow::Break(()) if self.class.may_be_refused() => Err(ChangeError::Cancelled),
             _ => Ok(()),
@@ -623,28 +422,4 @@ impl Inner {
             return Ok((turn, applied, targets));
         }
     }
-}
-
-/// Whether RAM of a region is not counted on yet: an unfinished host's commit is at it, and not
-/// on its way back.
-fn is_awaited(busy: &IdSet<RegionId>, taken_back: &[RegionId], region: RegionId) -> bool {
-    busy.contains(&region) && !taken_back.contains(&region)
-}
-
-fn failure_of(piece: &Unmappable) -> Failure {
-    Failure {
-        last: piece.last,
-        region: piece.region,
-        reason: piece.reason.clone(),
-    }
-}
-
-/// Whether a piece that a target cannot map is RAM that it should: not where it cannot or must not
-/// see the piece, rather than because something went wrong.
-fn is_missing(piece: &Unmappable) -> bool {
-    let by_design = matches!(
-        piece.reason,
-        Reason::SmallerThanPage { .. } | Reason::NotPageAligned { .. } | Reason::Filtered
-    );
-    piece.kind == RegionKind::Ram && !by_design
 }

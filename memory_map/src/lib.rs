@@ -146,6 +146,7 @@ mod manager;
 mod mapping;
 mod pages;
 mod plan;
+mod planned;
 mod query;
 mod reach;
 mod region;
@@ -158,6 +159,7 @@ mod sync;
 mod translation;
 mod turn;
 mod undo;
+mod up;
 mod view;
 
 pub use address::{Address, AddressRange, Gpa, GpaRange, HostVa, Iova, IovaRange, RangeError};
