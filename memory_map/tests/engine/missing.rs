@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use crate::fixture::{allow, at_most, fixture, range};
 use crate::page_table::{Fault, PAGE, PageTable, backing, limits};
 use memory_map::{
-    Access, ChangeError, DmaTarget, Errno, Gpa, Iova, Missing, Priority, Reach, Reason, RegionKind,
+    Access, ChangeError, Errno, Gpa, Iova, Missing, Priority, Reach, Reason, RegionKind,
     SubMapping, TargetError, TargetLimits, TargetOptions,
 };
 
