@@ -153,7 +153,9 @@ impl World {
                 before: &before,
                 world: self,
             };
-            bound::check(&held, &outcome)?;
+            let calls = bound::check(&held, &outcome)?;
+            self.counts.add("call: map", calls.maps);
+            self.counts.add("call: unmap", calls.unmaps);
         }
         Ok(())
     }
