@@ -383,7 +383,13 @@ impl Inner {
         };
         let unused = self.unused_addresses(&backings);
         commit.leftovers.addresses.extend(unused);
-        let wakes = self.state.lock().reach_changed_in(&touched, &dirty);
+        let mut state = self.state.lock();
+        let mut wakes = state.reach_changed_in(&touched, &dirty);
+        if !commit.report.quarantined.is_empty() {
+            // The target has lost its reach into every region.
+            wakes = wakes.and(state.all_reach_changed());
+        }
+        drop(state);
         drop(busy);
         let report = commit.end(wakes);
         outcome.map(|()| report)

@@ -101,6 +101,11 @@ impl Subscribers {
 pub(crate) struct Wakes(Vec<Arc<dyn Fn() + Send + Sync>>);
 
 impl Wakes {
+    pub(crate) fn and(mut self, more: Self) -> Self {
+        self.0.extend(more.0);
+        self
+    }
+
     pub(crate) fn wake(self) {
         for wake in self.0 {
             wake();

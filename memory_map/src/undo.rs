@@ -64,6 +64,8 @@ impl Commit<'_, '_> {
         let lost = first_lost(&self.report, &quarantined, was_missing);
         let of_undo = std::mem::take(&mut self.report);
         self.report.quarantined = quarantined;
+        let quarantines = of_undo.quarantined.iter().cloned();
+        self.report.quarantined.extend(quarantines);
         let name = |id| self.inner.target_name(id);
         incomplete(cause, of_undo, lost, name)
     }
@@ -81,6 +83,8 @@ impl Commit<'_, '_> {
         let lost = first_lost(&self.report, &quarantined, |_, _| false);
         let of_undo = std::mem::take(&mut self.report);
         self.report.quarantined = quarantined;
+        let quarantines = of_undo.quarantined.iter().cloned();
+        self.report.quarantined.extend(quarantines);
         incomplete(cause, of_undo, lost, |_| name.clone())
     }
 

@@ -39,13 +39,15 @@ pub struct Calls {
     pub maps: u64,
     /// Unmaps.
     pub unmaps: u64,
+    /// Mappings that go only because a part of them has to.
+    pub bisected: u64,
 }
 
-/// Compares the calls of a step without failures with the lower bound.
+/// Compares the calls of a step without failures with the lower bound, and tells how many they are.
 ///
 /// # Errors
 /// Where they differ.
-pub fn check(held: &Held<'_>, outcome: &Outcome) -> Result<(), String> {
+pub fn check(held: &Held<'_>, outcome: &Outcome) -> Result<Calls, String> {
     let mut least = Calls::default();
     // A refused change makes no calls, but what was revoked is redone all the same.
     if outcome.error.is_none() || !outcome.revoked.is_empty() {
@@ -69,14 +71,16 @@ pub fn check(held: &Held<'_>, outcome: &Outcome) -> Result<(), String> {
     let made = Calls {
         maps: state.maps,
         unmaps: state.unmaps,
+        // Where the change was refused, nobody reports what a revocation cut.
+        bisected: (outcome.report.as_ref()).map_or(least.bisected, |report| report.bisected),
     };
     if made != least {
         return Err(format!("{made:?}, where {least:?} do"));
     }
-    if outcome.error.is_some() {
-        return Ok(());
+    if outcome.error.is_none() {
+        check_order(&state)?;
     }
-    check_order(&state)
+    Ok(made)
 }
 
 /// On the way down IOMMUs go first, then memory slots, then those that RAM is shared with; on the
@@ -172,6 +176,8 @@ fn of_target(held: &Held<'_>, target: &Target, view: &View<'_>, least: &mut Call
         let joins = target.limits.unmap_spans && remainders == 0 && joinable == Some(start);
         least.unmaps += u64::from(!joins);
         least.maps += remainders;
+        let whole = remainders == 1 && parts == [(start, mapping.last)];
+        least.bisected += u64::from(remainders > 0 && !whole);
         joinable = mapping.last.checked_add(1).filter(|_| remainders == 0);
     }
     let mut previous: Option<Wanted> = None;

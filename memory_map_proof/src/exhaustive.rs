@@ -12,7 +12,9 @@
 //! failures, which are not cut down, check that assumption: each must end in the state that the
 //! states say. Scripts of [`SHORT`] operations are run with every failure and not cut down either.
 
-use std::collections::HashMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memory_map::{Filter, Label};
@@ -31,7 +33,7 @@ pub const SHORT: usize = 3;
 type Key = Vec<u64>;
 
 /// Which failure, in which operation of a script.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Injection {
     operation: usize,
     call: u32,
@@ -39,7 +41,7 @@ struct Injection {
 }
 
 /// A way to get somewhere.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Path {
     ops: Vec<usize>,
     injection: Option<Injection>,
@@ -60,6 +62,29 @@ pub struct Sums {
     pub scripts_with_failure: u64,
     /// Failures in scripts of [`SHORT`] operations and fewer, each run to every end.
     pub short_runs: u64,
+}
+
+impl fmt::Display for Sums {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines = [
+            (self.scripts, "scripts of 4 operations without a failure"),
+            (
+                self.scripts_with_failure,
+                "scripts of 4 operations with one failure, through",
+            ),
+            (self.states, "states, left by"),
+            (self.steps, "operations and"),
+            (self.injections, "failures"),
+            (
+                self.short_runs,
+                "scripts of up to 3 operations with one failure, each run by itself",
+            ),
+        ];
+        for (number, what) in lines {
+            writeln!(f, "{number:>10}  {what}")?;
+        }
+        Ok(())
+    }
 }
 
 impl Path {
@@ -152,7 +177,23 @@ fn share<W: Sync, R: Send>(
 type State = (Key, bool);
 
 /// The states after as many operations, each with one way to get there and the number of ways.
-type Level = HashMap<State, (Path, u64)>;
+type Level = BTreeMap<State, (Path, u64)>;
+
+/// Of several ways to a state the first by order is kept, so that every run takes the same ones.
+fn enter(level: &mut Level, state: State, path: Path, ways: u64) {
+    match level.entry(state) {
+        Entry::Vacant(free) => {
+            free.insert((path, ways));
+        }
+        Entry::Occupied(mut known) => {
+            let (first, sum) = known.get_mut();
+            *sum += ways;
+            if path < *first {
+                *first = path;
+            }
+        }
+    }
+}
 
 /// What one thread finds on one level.
 #[derive(Default)]
@@ -195,7 +236,7 @@ impl Found {
 
     fn note(&mut self, to: Key, path: Path, ways: u64) {
         let state = (to, path.injection.is_some());
-        self.next.entry(state).or_insert((path, 0)).1 += ways;
+        enter(&mut self.next, state, path, ways);
     }
 }
 
@@ -223,7 +264,7 @@ pub fn run(threads: usize) -> Result<Sums, String> {
             sums.injections += found.injections;
             leads.extend(found.leads);
             for (state, (path, ways)) in found.next {
-                level.entry(state).or_insert((path, 0)).1 += ways;
+                enter(&mut level, state, path, ways);
             }
         }
         sums.states += level.len() as u64;

@@ -7,6 +7,7 @@ use memory_map::{
 };
 use std::ops::ControlFlow;
 
+use crate::count::Counts;
 use crate::kernel::{Fault, Kernel};
 use crate::script::{Bytes, Source};
 use crate::shape::{Addressing, plain};
@@ -43,11 +44,12 @@ struct Run<'b> {
     huge: bool,
 }
 
-/// Carries a script out.
+/// Carries a script out, and counts its steps.
 ///
 /// # Errors
 /// Where the map broke the contract with a consumer.
-pub fn run(bytes: &[u8]) -> Result<(), String> {
+pub fn run(bytes: &[u8]) -> Result<Counts, String> {
+    let mut counts = Counts::default();
     let mut bytes = Bytes(bytes);
     let kernel = Kernel::default();
     let huge = bytes.once_in(2);
@@ -66,6 +68,7 @@ pub fn run(bytes: &[u8]) -> Result<(), String> {
     }
     while !run.bytes.is_empty() {
         run.step();
+        counts.one("operation: of arbitrary numbers");
         run.ask_everything();
         if let Some(violation) = run.kernel.state().violations.first() {
             return Err(violation.clone());
@@ -79,7 +82,7 @@ pub fn run(bytes: &[u8]) -> Result<(), String> {
         drop(state);
         drop(handle);
     }
-    Ok(())
+    Ok(counts)
 }
 
 impl Run<'_> {

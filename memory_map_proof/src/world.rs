@@ -13,6 +13,7 @@ use crate::bound::{self, Held};
 use crate::count::{Counts, failure};
 use crate::kernel::{Cutter, Kernel, Mapping, Translation};
 use crate::model::{Model, Page, Region, Viewer, address};
+use crate::notice::Notices;
 use crate::outcome::Outcome;
 use crate::script::{BACKING_PAGES, Op, SLOTS, Step, Turn};
 use crate::shape::{self, Shape};
@@ -83,6 +84,7 @@ pub struct World {
     pub counts: Counts,
     /// Whether the number of calls is held to its lower bound. For scripts without failures.
     pub count_calls: bool,
+    pub(crate) notices: Notices,
     slots: Vec<Backing>,
     next_region: usize,
 }
@@ -93,8 +95,10 @@ impl Default for World {
         kernel.state().by_cell = true;
         let backing = || kernel.backing(BACKING_PAGES * GRANULE);
         let slots = (0..SLOTS).map(|_| backing()).collect();
+        let map = RegionManager::new();
         Self {
-            map: RegionManager::new(),
+            notices: Notices::new(&map),
+            map,
             kernel,
             model: Model::default(),
             targets: Vec::new(),
@@ -143,7 +147,10 @@ impl World {
         for (kind, fault) in &self.kernel.state().fired {
             self.counts.one(failure(*kind, *fault));
         }
-        self.check(&before, &outcome).map_err(|what| {
+        let advanced = matches!(turn.step, Step::Advance(_));
+        let checked = self.check(&before, &outcome);
+        let checked = checked.and_then(|()| self.check_told(&before, advanced));
+        checked.map_err(|what| {
             let state = self.kernel.state();
             let (calls, fired, error) = (&state.order, &state.fired, &outcome.error);
             format!("{what}\n  calls {calls:?}\n  failed {fired:?}\n  error {error:?}")
@@ -153,7 +160,9 @@ impl World {
                 before: &before,
                 world: self,
             };
-            bound::check(&held, &outcome)?;
+            let calls = bound::check(&held, &outcome)?;
+            self.counts.add("call: map", calls.maps);
+            self.counts.add("call: unmap", calls.unmaps);
         }
         Ok(())
     }
@@ -168,7 +177,7 @@ impl World {
             let _outcome = self.unregister(0);
         }
         self.counts.add("operation: unregister", 0);
-        drop(self.map);
+        drop((self.map, self.notices));
         self.slots.clear();
         let state = self.kernel.state();
         let clean = state.tables.iter().all(|table| !table.dead);

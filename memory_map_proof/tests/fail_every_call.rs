@@ -11,6 +11,7 @@
 
 use memory_map::{Access, RegionKind};
 use memory_map_proof::World;
+use memory_map_proof::count::show;
 use memory_map_proof::kernel::Fault;
 use memory_map_proof::script::{Op, Step, Turn};
 
@@ -91,7 +92,7 @@ fn fail_every_call(name: &str, regions: &[Op], shapes: &[usize], step: &Step, ag
             check(world.end().map(drop));
         }
     }
-    println!("{name}: {failed} failures");
+    show(&format!("{name}: {failed} failures"));
     assert!(failed >= 5, "{name}");
 }
 

@@ -220,3 +220,20 @@ fn only_what_has_become_too_large_is_cut_when_a_mapping_is() {
     let report = f.guest(|change| change.remove_sub_mapping(bar, 3 * PAGE, PAGE));
     assert_eq!((report.unmaps(), report.maps()), (1, 1 + 4));
 }
+
+#[test]
+fn subscribers_are_told_of_every_region_that_a_quarantine_takes_away() {
+    let f = fixture();
+    let (leaving, other) = (f.bar(0x1_0000, 1), f.bar(0x8_0000, 1));
+    let (table, handle) = f.target(limits());
+    let subscription = f.map.subscribe(|| {});
+    assert!(subscription.take().reach.is_empty());
+    table.fail_in(0, Fault::Refused);
+    f.guest(|change| change.remove(leaving));
+    let told = subscription.take();
+    assert_eq!(told.removed, [leaving]);
+    let mut told = told.reach.iter().filter(|entry| entry.region == other);
+    let entry = told.next().expect("far away, and gone all the same");
+    assert_eq!(entry.target, handle.id());
+    assert_eq!(entry.reach, Reach::Unavailable(Reason::Quarantined));
+}
