@@ -247,7 +247,8 @@ impl HostFunction for FakeHost {
         let refuse = self.refuse.lock();
         refused(refuse.config_write, EIO)?;
         let mut config = self.config.lock();
-        let state = config.get(usize::from(PMCSR)).map_or(0, |low| low & 3);
+        let before = config[usize::from(PMCSR)];
+        let state = before & 3;
         for (place, byte) in (usize::from(offset)..).zip(data) {
             match place {
                 // The status register's bits are cleared by ones; the list's is read-only.
@@ -260,10 +261,13 @@ impl HostFunction for FakeHost {
             // As vfio-pci: a state may be refused without a word; a function that forgets its
             // registers in D3hot gets them back; the bits that initiate a reset, after which
             // everything is restored, read as zero.
-            if refuse.power {
-                config[usize::from(PMCSR)] = config[usize::from(PMCSR)] & !3 | state;
+            // No_Soft_Reset is read-only, and only D0 is reached from a deeper state.
+            let mut low = config[usize::from(PMCSR)] & !8 | before & 8;
+            if refuse.power || (low & 3 != 0 && low & 3 < state) {
+                low = low & !3 | state;
             }
-            let (low, mut saved) = (config[usize::from(PMCSR)], self.saved.lock());
+            config[usize::from(PMCSR)] = low;
+            let mut saved = self.saved.lock();
             if state != 3 && low & 0b1011 == 3 {
                 *saved = Some([config[4], config[5]]);
             }

@@ -254,8 +254,8 @@ fn every_event_one(before: Before, cause: Cause, fails: bool) {
     let decoding = before.decoding && !reset && cause != Cause::DecodingOff;
     let power = match (asleep, cause) {
         (false, _) => PowerState::D0,
-        (true, Cause::Sleep(1)) if !fails => PowerState::D1,
-        (true, Cause::Sleep(2)) if !fails => PowerState::D2,
+        (true, Cause::Sleep(1)) if !fails && !before.asleep => PowerState::D1,
+        (true, Cause::Sleep(2)) if !fails && !before.asleep => PowerState::D2,
         (true, _) => PowerState::D3Hot,
     };
     assert_eq!(bench.function.power_state(), power, "{what}");
