@@ -1,36 +1,12 @@
 //! Cutting functions off: what is done to the devices behind a target that had to be quarantined.
-//!
-//! A quarantined target may hold a mapping that the map no longer wants, and type1 cannot detach a
-//! device, so its devices must start no transaction any more. A [`CutOffSwitch`] does that to a set
-//! of functions. The embedder makes one for each target, registers the target with it, and adds
-//! the functions behind that target:
-//!
-//! ```text
-//!   let switch = Arc::new(CutOffSwitch::new());
-//!   options.cut_off = Some(switch.clone());        // TargetOptions
-//!   ...
-//!   switch.add(&function);                         // Arc<AssignedFunction>
-//! ```
-//!
-//! # What a cut-off does
-//! 1. At once, to all functions: bus mastering off in the physical command register. From then on
-//!    it is masked out of whatever is written there, by the guest or by anybody who goes through
-//!    [`AssignedFunction::host`], and no other write to config space reaches the host: it might
-//!    wake or reset the function and have the host restore the register from before.
-//! 2. Then the function is reset, if it is awake, as by [`AssignedFunction::reset`]: its BARs leave
-//!    the map first, and what was mapped from them counts as revoked. One that sleeps stays asleep.
-//!
-//! The guest reads bus mastering as clear, whatever it writes: that is the truth, as of a function
-//! that cannot master the bus, and a driver that checks is told. BARs, decoding and trapped
-//! accesses work as before, so that a guest can go on talking to a device that does not answer by
-//! DMA.
+//! [`CutOffSwitch`] says what and why.
 //!
 //! # Locks
 //! A cut-off comes in the middle of something: of a config write of the same function, whose lock
 //! is then held by the very thread that cuts off, or of another one's. So it waits for no
-//! function's lock. Step 1 takes the guard's, which is held across single accesses to the command
-//! register. Step 2 needs the function's; where somebody has it, step 2 is theirs to do when they
-//! let go of it.
+//! function's lock. Its first step takes the guard's ([`guarded_host`](crate::guarded_host)), which
+//! is held across single accesses to the command register. Its second step needs the function's;
+//! where somebody has it, that step is theirs to do when they let go of it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -144,10 +120,47 @@ impl AssignedFunction {
     }
 }
 
-/// Cuts a set of functions off; see [`AssignedFunction::cut_off`]. One for each target: the
-/// functions behind it.
+/// Cuts a set of functions off: those behind one target, which the embedder registers with it.
 ///
-/// It holds no function alive. Bus mastering of all of them goes off before any of them is reset.
+/// A quarantined target may hold a mapping that the map no longer wants, and type1 cannot detach a
+/// device, so the devices behind it must start no transaction any more.
+///
+/// ```
+/// use std::sync::Arc;
+/// use assigned_pci::{AssignedFunction, CutOffSwitch};
+/// use memory_map::{ChangeError, DmaTarget, RegionManager, TargetHandle, TargetOptions};
+///
+/// fn register(
+///     map: &RegionManager,
+///     iommu: Box<dyn DmaTarget>,
+///     behind: &[Arc<AssignedFunction>],
+/// ) -> Result<TargetHandle, ChangeError> {
+///     let mut options = TargetOptions::new("container 0");
+///     options.cut_off = Some(Arc::new(CutOffSwitch::of(behind)));
+///     map.register(iommu, options)
+/// }
+/// ```
+///
+/// # What a cut-off does
+/// 1. At once, to all functions: bus mastering off in the physical command register. From then on
+///    it is masked out of whatever is written there, by the guest or by anybody who goes through
+///    [`AssignedFunction::host`], and no other write to config space reaches the host: it might
+///    wake or reset the function and have the host restore the register from before.
+/// 2. Then each function is reset, if it is awake, as by [`AssignedFunction::reset`]: its BARs leave
+///    the map first, and what was mapped from them counts as revoked. One that sleeps stays asleep.
+///    Where a function is in the middle of an access, its reset comes right after that.
+///
+/// When a cut-off returns, bus mastering is off, and no write that turns it on is under way. One
+/// case depends on the host: a change of power state that is under way has the host restore the
+/// command register when it ends. Linux lets the write that turns bus mastering off wait for that;
+/// on a host that does not, the register is written once more right after.
+///
+/// The guest reads bus mastering as clear, whatever it writes: that is the truth, as of a function
+/// that cannot master the bus, and a driver that checks is told. BARs, decoding and trapped accesses
+/// work as before.
+///
+/// It holds no function alive. To end a device for good is its owner's: closing it is the one thing
+/// that this does not do.
 #[derive(Default)]
 pub struct CutOffSwitch {
     members: Mutex<Members>,
@@ -210,9 +223,11 @@ impl CutOffSwitch {
     fn cut(&self, functions: &[Arc<AssignedFunction>]) {
         for function in functions {
             if let Err(errno) = function.stop_for_good() {
-                let failed = (function.name().to_owned(), errno);
-                if let Some(state) = &mut self.members.lock().state {
-                    state.failed.push(failed);
+                let name = function.name();
+                if let Some(state) = &mut self.members.lock().state
+                    && state.failed.iter().all(|(known, _)| known != name)
+                {
+                    state.failed.push((name.to_owned(), errno));
                 }
             }
         }

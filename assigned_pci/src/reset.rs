@@ -11,6 +11,7 @@
 //!    cleared, the BARs are at 0. vfio-pci hides a reset from its user, by restoring config space;
 //!    a guest's driver expects one, and puts back what it wants. Where the host did restore the
 //!    command register (from a function that was asleep), it is cleared once more.
+//!    What other registers hold is what the host makes of them.
 //! 5. The power state is read back, the BARs' revocation epochs advance, and what decodes (nothing,
 //!    after a reset) comes back, all in one commit.
 
@@ -118,6 +119,8 @@ impl AssignedFunction {
         let decoded = state.decodes();
         let mut command = [0; 2];
         match self.host.config_read(COMMAND, &mut command) {
+            // Its bit says nothing.
+            Ok(()) if self.host.is_virtual() => {}
             Ok(()) => {
                 let command = Command::new(u16::from_le_bytes(command));
                 state.decoding &= command.decodes_memory();

@@ -1,20 +1,4 @@
 //! Functions that are reset together: those of one slot or one bus.
-//!
-//! A hot reset (`VFIO_DEVICE_PCI_HOT_RESET`) resets every function behind a slot or a bus, so the
-//! kernel revokes what was mapped from all of them, whichever was asked. The kernel tells nobody;
-//! who knows which functions belong together is the embedder, from
-//! `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`. It makes one [`ResetSet`] of them, and everything that
-//! concerns them all goes through that:
-//!
-//! - [`ResetSet::hot_reset`] takes the BARs of all of them down in one commit, resets, and brings
-//!   back in one commit what decodes;
-//! - [`ResetSet::mappings_may_be_revoked`] repairs all of them after a reset that somebody else
-//!   made, or that a reset of one of them had to take the bus for (a function without a reset of
-//!   its own, on a bus of its own).
-//!
-//! A hot reset of the kernel's only tries the locks of the functions it needs and says `EBUSY`
-//! where one is taken, having revoked some of them already. So `EBUSY` is tried again, a bounded
-//! number of times, and however it ends all of them count as revoked and as reset.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -62,6 +46,21 @@ pub struct MixedMaps {
 }
 
 /// Functions that a reset of their bus or slot resets together. It holds them alive.
+///
+/// A hot reset (`VFIO_DEVICE_PCI_HOT_RESET`) resets every function behind a slot or a bus, so the
+/// kernel revokes what was mapped from all of them, whichever was asked. The kernel tells nobody;
+/// who knows which functions belong together is the embedder, from
+/// `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`. It makes one set of them, and everything that concerns
+/// them all goes through that:
+///
+/// - [`hot_reset`](Self::hot_reset) takes the BARs of all of them down in one commit, resets, and
+///   brings back in one commit what decodes;
+/// - [`mappings_may_be_revoked`](Self::mappings_may_be_revoked) repairs all of them after a reset
+///   that somebody else made, or for which a reset of one of them had to take the bus.
+///
+/// A hot reset only tries the locks of the functions that it needs and says `EBUSY` where one is
+/// taken, having revoked some of them already. So `EBUSY` is tried again, a bounded number of
+/// times, and however it ends all of them count as revoked and as reset.
 #[derive(Debug, Clone)]
 pub struct ResetSet {
     /// By name, each once: the order in which they are locked.

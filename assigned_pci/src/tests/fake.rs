@@ -316,6 +316,7 @@ struct Recorder {
     log: Log,
     mapped: Mapped,
     stuck: Arc<AtomicBool>,
+    full: Arc<AtomicBool>,
 }
 
 impl DmaTarget for Recorder {
@@ -338,6 +339,9 @@ impl DmaTarget for Recorder {
 
     fn map(&mut self, request: &MapRequest) -> Result<(), TargetError> {
         assert_eq!(request.access, Access::ReadWrite);
+        if self.full.load(Ordering::SeqCst) {
+            return Err(TargetError::kernel(Errno::new(EIO)));
+        }
         let start = request.iova.start().raw();
         self.log.lock().push(Event::Map(start));
         let before = self.mapped.lock().insert(start, request.iova.size());
@@ -366,6 +370,8 @@ pub(super) struct Bench {
     pub(super) target: TargetHandle,
     /// Has the target's unmaps fail.
     pub(super) stuck: Arc<AtomicBool>,
+    /// Has the target's maps be refused.
+    pub(super) full: Arc<AtomicBool>,
     pub(super) switch: Arc<CutOffSwitch>,
 }
 
@@ -375,11 +381,12 @@ impl Bench {
         let host = Arc::new(host);
         let map = RegionManager::new();
         let mapped = Mapped::default();
-        let stuck = Arc::<AtomicBool>::default();
+        let (stuck, full) = <(Arc<AtomicBool>, Arc<AtomicBool>)>::default();
         let recorder = Recorder {
             log: host.log.clone(),
             mapped: mapped.clone(),
             stuck: stuck.clone(),
+            full: full.clone(),
         };
         let switch = Arc::new(CutOffSwitch::new());
         let mut options = TargetOptions::new("recorder");
@@ -397,6 +404,7 @@ impl Bench {
             mapped,
             target,
             stuck,
+            full,
             switch,
         }
     }
@@ -408,6 +416,7 @@ impl Bench {
             log: log.clone(),
             mapped: mapped.clone(),
             stuck: Arc::default(),
+            full: Arc::default(),
         };
         let options = TargetOptions::new("second");
         let target = self.map.register(Box::new(recorder), options);

@@ -7,6 +7,7 @@ mod cut_off;
 mod decoding;
 mod fake;
 mod firmware;
+mod mistakes;
 mod moves;
 mod registers;
 mod revocation;

@@ -468,7 +468,7 @@ fn mappings_that_may_be_dead_are_made_again_and_registers_follow_the_hardware() 
     bench.disabled(DisabledBecause::Sleeping);
 }
 
-/// Three functions in one map, one BAR each; all decode.
+/// Two more functions in the bench's map, one BAR each; both decode.
 fn siblings(bench: &Bench) -> Vec<Arc<AssignedFunction>> {
     ["0000:01:00.1", "0000:01:00.0"]
         .into_iter()
@@ -546,6 +546,41 @@ fn what_a_sibling_revoked_is_made_again_for_all_of_them() {
     assert_eq!((outcome.unmaps(), outcome.maps()), (2, 2));
     assert_eq!(outcome.reports.len(), 1);
     assert_eq!(bench.mapped(), [0x8000_0000, 0x9100_0000]);
+}
+
+#[test]
+fn no_lock_of_the_map_is_held_while_the_host_is_asked() {
+    for cause in CAUSES {
+        let before = Before {
+            decoding: true,
+            asleep: cause == Cause::Wake,
+            moved: false,
+            no_soft_reset: false,
+            virtual_function: true,
+        };
+        let bench = before.bench();
+        let neighbour = Arc::new(
+            FakeHost::new()
+                .named("other")
+                .whole_bar(0, MEMORY_32, 0x1000),
+        );
+        let options = FunctionOptions::default();
+        let other = AssignedFunction::new(neighbour, bench.map.clone(), &options).unwrap();
+        let moves = Arc::new(Mutex::new(0_u32));
+        let counted = moves.clone();
+        // A change of the map in the middle of the host's call: with a lock of the map held this
+        // would never end.
+        bench.host.probe.set(move |_| {
+            let mut moves = counted.lock();
+            *moves += 1;
+            let at = 0x9000_0000 + *moves * 0x1000;
+            let outcome = other.config_write(0x10, &at.to_le_bytes());
+            assert!(outcome.is_ok() && outcome.map_errors.is_empty());
+        });
+        let _ = cause.happen(&bench);
+        assert!(*moves.lock() > 0, "{cause:?}");
+        bench.host.probe.set(|_| {});
+    }
 }
 
 #[test]

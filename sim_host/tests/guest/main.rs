@@ -347,3 +347,55 @@ fn an_unmap_that_fails_cuts_the_devices_off_and_they_stay_cut_off() {
     memory.read(0x100, &mut data).unwrap();
     assert_eq!(data, [1; 4]);
 }
+
+/// What one of many vCPUs writes, in turn.
+const WRITES: [(u16, &[u8]); 12] = [
+    (COMMAND, &[6, 0]),
+    (PMCSR, &[3]),
+    (0x1c, &[9, 0, 0, 0]),
+    (PMCSR, &[0]),
+    (COMMAND, &[4]),
+    (0x18, &[0, 0, 1, 0]),
+    (COMMAND, &[6]),
+    (DEVICE_CONTROL, &[0, 0x80]),
+    (0x1c, &[8, 0, 0, 0]),
+    (COMMAND, &[6, 0]),
+    (AF_CONTROL, &[1]),
+    (0x18, &[0xff, 0xff, 0xff, 0xff]),
+];
+
+#[test]
+fn many_vcpus_at_once_leave_nothing_mapped_that_does_not_answer() {
+    for power in [PowerManagement::NoSoftReset, PowerManagement::SoftReset] {
+        let machine = Machine::new(spec("peer", power)).watched();
+        let revoked = machine.revoked.load(Ordering::SeqCst);
+        std::thread::scope(|scope| {
+            for vcpu in 0..4_usize {
+                let machine = &machine;
+                scope.spawn(move || {
+                    for turn in 0..300_usize {
+                        let (offset, data) = WRITES[(turn * (vcpu * 2 + 1) + vcpu) % WRITES.len()];
+                        assert!(machine.function.config_write(offset, data).is_ok());
+                        if turn % 50 == 0 {
+                            let _ = machine.function.mappings_may_be_revoked();
+                        }
+                    }
+                });
+            }
+            scope.spawn(|| {
+                for _ in 0..300 {
+                    machine.writer.dma_write(Iova::new(AT + 0x100), &[7; 4]);
+                }
+            });
+        });
+        assert!(machine.revoked.load(Ordering::SeqCst) > revoked + 100);
+        assert_eq!(machine.host.violations(), []);
+        let enabled = machine.function.bars()[0].enabled;
+        assert_eq!(machine.mapped(), usize::from(enabled));
+        // No DMA was let through that nobody answered.
+        assert_eq!(machine.host.take_bus_errors(), []);
+        let _ = machine.host.take_faults();
+        machine.boot();
+        assert!(machine.reaches(3));
+    }
+}
