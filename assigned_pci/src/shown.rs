@@ -87,11 +87,8 @@ impl State {
 
     /// Whether memory accesses are answered may have changed. `decoded` is what it was before.
     pub(crate) fn decoding_changed(&mut self, decoded: bool) {
-        match (decoded, self.decodes()) {
-            // What was written to the BARs so far may be seen as addresses.
-            (true, false) => self.bars.iter_mut().for_each(|a| a.bar.stop_decoding()),
-            (false, true) => self.settle(),
-            _ => {}
+        if !decoded && self.decodes() {
+            self.settle();
         }
     }
 

@@ -43,6 +43,7 @@ impl Whole {
 
     fn reset(&mut self) {
         self.memory = false;
+        self.power = 0;
         for bar in &mut self.bars {
             bar.bytes.fill(0);
             bar.down = None;

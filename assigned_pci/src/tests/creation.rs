@@ -127,6 +127,10 @@ fn a_region_that_somebody_else_removed_is_an_error_and_no_panic() {
     );
     assert_eq!(bench.mapped(), []);
     assert_ne!(bench.host.backing(1).epoch(), epoch);
+    let epoch = bench.host.backing(1).epoch();
+    let outcome = bench.function.reset();
+    assert!(!outcome.map_errors.is_empty(), "the first cannot move");
+    assert_ne!(bench.host.backing(1).epoch(), epoch);
     // And leaves with the function.
     let _ = bench.function.remove();
     assert_eq!(bench.map.reach(), []);

@@ -128,6 +128,35 @@ fn one_that_sleeps_is_left_asleep() {
     assert_eq!(bench.mapped(), []);
 }
 
+/// What is under way at the host when a function is cut off: how it begins, and how it is told.
+#[test]
+fn what_is_under_way_and_restores_the_register_does_not_turn_it_on() {
+    for reset in [false, true] {
+        let bench = running();
+        let _ = bench.function.config_write(PMCSR, &[3]);
+        let function = Arc::downgrade(&bench.function);
+        bench.host.probe.set(move |event| {
+            let awaited = match event {
+                Event::Reset => reset,
+                Event::ConfigWrite(offset, _) => !reset && *offset == PMCSR,
+                _ => false,
+            };
+            // As another thread would, before the host restores what it saved.
+            if awaited && let Some(function) = function.upgrade() {
+                function.cut_off().unwrap();
+            }
+        });
+        let _ = match reset {
+            true => bench.function.reset(),
+            false => bench.function.config_write(PMCSR, &[0]),
+        };
+        assert!(bench.function.is_cut_off());
+        bench.host.probe.set(|_| {});
+        assert_eq!(bench.host.command() & BUS_MASTER, 0, "reset: {reset}");
+        assert!(bench.function.cut_off_outcome().is_some());
+    }
+}
+
 #[test]
 fn no_write_of_any_thread_turns_it_on_again() {
     let mut after = 0;

@@ -54,7 +54,7 @@ type Look = dyn Fn(&Event) + Send + Sync;
 
 /// Looks on while the host carries a call out.
 #[derive(Default)]
-pub(super) struct Probe(Mutex<Option<Box<Look>>>);
+pub(super) struct Probe(Mutex<Option<Arc<Look>>>);
 
 impl std::fmt::Debug for Probe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -64,11 +64,13 @@ impl std::fmt::Debug for Probe {
 
 impl Probe {
     pub(super) fn set(&self, probe: impl Fn(&Event) + Send + Sync + 'static) {
-        *self.0.lock() = Some(Box::new(probe));
+        *self.0.lock() = Some(Arc::new(probe));
     }
 
     fn look(&self, event: &Event) {
-        if let Some(probe) = &*self.0.lock() {
+        // It may come back here.
+        let probe = self.0.lock().clone();
+        if let Some(probe) = probe {
             probe(event);
         }
     }
@@ -259,12 +261,17 @@ impl HostFunction for FakeHost {
         }
         if config[0x40] == 1 {
             // As vfio-pci: a state may be refused without a word; a function that forgets its
-            // registers in D3hot gets them back; the bits that initiate a reset, after which
-            // everything is restored, read as zero.
+            // registers in D3hot gets them back; the bits that initiate a reset, which wakes the
+            // function and after which everything is restored, read as zero.
+            let flr = config[usize::from(DEVICE_CONTROL) + 1] & 0x80 != 0
+                || config[usize::from(AF_CONTROL)] & 1 != 0;
             // No_Soft_Reset is read-only, and only D0 is reached from a deeper state.
             let mut low = config[usize::from(PMCSR)] & !8 | before & 8;
             if refuse.power || (low & 3 != 0 && low & 3 < state) {
                 low = low & !3 | state;
+            }
+            if flr {
+                low &= !3;
             }
             config[usize::from(PMCSR)] = low;
             let mut saved = self.saved.lock();
@@ -301,7 +308,13 @@ impl HostFunction for FakeHost {
     fn reset(&self) -> io::Result<()> {
         self.probe.look(&Event::Reset);
         self.log.lock().push(Event::Reset);
-        refused(self.refuse.lock().reset, ENOTTY)
+        refused(self.refuse.lock().reset, ENOTTY)?;
+        let mut config = self.config.lock();
+        config[usize::from(PMCSR)] &= !3;
+        if let Some(command) = self.saved.lock().take() {
+            config[4..6].copy_from_slice(&command);
+        }
+        Ok(())
     }
 
     fn is_virtual(&self) -> bool {

@@ -246,7 +246,8 @@ fn every_event_one(before: Before, cause: Cause, fails: bool) {
     let asleep = match cause {
         Cause::Sleep(_) if !fails => true,
         Cause::Wake if !fails => false,
-        // The fake host's resets leave the power state as it is.
+        // A reset wakes, and has the host restore the command register from before the sleep.
+        _ if cause.is_reset() && !fails => false,
         _ => before.asleep,
     };
     let soft_reset = cause == Cause::Wake && !fails && !before.no_soft_reset;
@@ -468,6 +469,21 @@ fn mappings_that_may_be_dead_are_made_again_and_registers_follow_the_hardware() 
     bench.disabled(DisabledBecause::Sleeping);
 }
 
+#[test]
+fn the_memory_bit_of_a_virtual_function_says_nothing() {
+    let before = Before {
+        decoding: true,
+        asleep: false,
+        moved: false,
+        no_soft_reset: true,
+        virtual_function: true,
+    };
+    let bench = before.bench();
+    bench.host.config.lock()[4] &= !2;
+    let _ = bench.function.mappings_may_be_revoked();
+    assert_eq!(bench.mapped(), [AT, AT + 0x10_0000]);
+}
+
 /// Two more functions in the bench's map, one BAR each; both decode.
 fn siblings(bench: &Bench) -> Vec<Arc<AssignedFunction>> {
     ["0000:01:00.1", "0000:01:00.0"]
@@ -546,6 +562,12 @@ fn what_a_sibling_revoked_is_made_again_for_all_of_them() {
     assert_eq!((outcome.unmaps(), outcome.maps()), (2, 2));
     assert_eq!(outcome.reports.len(), 1);
     assert_eq!(bench.mapped(), [0x8000_0000, 0x9100_0000]);
+    // What has been removed is left alone.
+    gone.host().config_write(COMMAND, &[4]).unwrap();
+    let _ = set.hot_reset(impatient(1), &mut || Ok(()));
+    let mut command = [0; 2];
+    gone.host().config_read(COMMAND, &mut command).unwrap();
+    assert_eq!(command, [4, 0]);
 }
 
 #[test]
