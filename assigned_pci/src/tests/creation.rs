@@ -111,6 +111,7 @@ fn a_region_that_somebody_else_removed_is_an_error_and_no_panic() {
             .whole_bar(0, MEMORY_32, 0x1000)
             .whole_bar(1, MEMORY_32, 0x1000),
     );
+    let _ = bench.bar(0, 0x8000_0000);
     let mut change = bench.map.change();
     change.remove(bench.function.region_of(BarIndex::ALL[0]).unwrap());
     change.commit().unwrap();
