@@ -9,13 +9,12 @@
 //! where somebody has it, that step is theirs to do when they let go of it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use memory_map::{CutOff, Errno, Quarantine, TargetName};
-use parking_lot::{Mutex, MutexGuard};
 
 use crate::function::State;
+use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering};
 use crate::{AssignedFunction, Outcome};
 
 /// What a cut-off has left to be done, and what came of it.

@@ -19,7 +19,6 @@ use std::fmt;
 use std::sync::Arc;
 
 use memory_map::{DisabledBecause, Gpa, Priority, RegionId, RegionManager};
-use parking_lot::Mutex;
 
 use crate::bar::{Bar, BarKind};
 use crate::config_space::{CONVENTIONAL_SIZE, ConfigReader, EXPRESS_SIZE};
@@ -29,6 +28,7 @@ use crate::discovery::{bar_error, quiesce, read_bars, read_ids, region};
 use crate::guarded_host::GuardedHost;
 use crate::power::PowerState;
 use crate::shown::{AssignedBar, Shown};
+use crate::sync::Mutex;
 use crate::{
     BarIndex, Capability, FunctionError, HostCall, HostError, HostFunction, Msix, Outcome,
     capability, mappable,

@@ -11,10 +11,9 @@
 use std::io;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use crate::command::Command;
 use crate::config_space::COMMAND;
+use crate::sync::Mutex;
 use crate::{BarIndex, HostBar, HostFunction};
 
 /// See the [module's documentation](self).

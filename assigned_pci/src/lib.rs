@@ -68,6 +68,7 @@ mod power;
 mod reset;
 mod reset_set;
 mod shown;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod vfio;
