@@ -179,7 +179,7 @@ fn test(strictness: Strictness) -> anyhow::Result<ExitCode> {
     lab_test::test(None, false, strictness.refuses_skips())
 }
 
-/// The map's threads under a model checker, in a build folder of their own: everything below is
+/// The map's threads and the cut-off's under a model checker, in a build folder of their own: everything below is
 /// built with another configuration.
 fn interleavings() -> anyhow::Result<()> {
     let folder = workspace::target()?.join("shuttle");
@@ -190,6 +190,8 @@ fn interleavings() -> anyhow::Result<()> {
         "--locked",
         "--package",
         "memory_map",
+        "--package",
+        "assigned_pci",
         "--test",
         "interleavings",
     ];
