@@ -13,6 +13,7 @@ use crate::bar::SimBarArea;
 use crate::call::Call;
 use crate::config_space::ConfigSpace;
 use crate::edu::Edu;
+use crate::file::SimFile;
 use crate::function_spec::{BarSpec, Model};
 use crate::gate::Gate;
 use crate::host::State;
@@ -104,6 +105,8 @@ impl SimFunction {
         }
         let group = join_group(&mut state, &spec);
         state.functions.insert(Arc::clone(&name), group);
+        let decodes = gate.decodes_memory();
+        state.dma_bufs.follow_decoding(&name, decodes);
         drop(state);
         Ok(Arc::new(Self {
             host: host.clone(),
@@ -116,6 +119,11 @@ impl SimFunction {
             resettable: spec.resettable,
             split_wide: spec.split_wide,
         }))
+    }
+
+    /// Its name in logs and records.
+    pub(crate) const fn label(&self) -> &Arc<str> {
+        &self.name
     }
 
     /// The group it is in.
@@ -207,6 +215,13 @@ impl SimFunction {
     }
 }
 
+/// Whether a write reaches the command register.
+fn is_command(offset: u16, len: usize) -> bool {
+    const COMMAND: u16 = 4;
+    usize::from(offset) < usize::from(COMMAND).saturating_add(2)
+        && usize::from(offset).saturating_add(len) > usize::from(COMMAND)
+}
+
 /// Refuses what no function can be.
 fn check(spec: &FunctionSpec) -> io::Result<()> {
     let mut upper_half = false;
@@ -241,6 +256,7 @@ fn areas(host: &SimHost, object: &Arc<PhysicalObject>, bar: &BarSpec) -> Vec<Hos
                 object: Arc::clone(object),
                 offset: *offset,
                 size: *size,
+                dma_buf: SimFile::new(host, object, *offset, *size),
             }),
         })
         .collect()
@@ -279,7 +295,7 @@ impl HostFunction for SimFunction {
 
     fn config_write(&self, offset: u16, data: &[u8]) -> io::Result<()> {
         self.host.call(Call::ConfigWrite, &self.name, None, || {
-            let state = self.host.0.state.write();
+            let mut state = self.host.0.state.write();
             let mut config = self.config.lock();
             if !config.has(offset, data.len()) {
                 return refused(EINVAL);
@@ -290,7 +306,11 @@ impl HostFunction for SimFunction {
             let decoded = self.gate.decodes_memory();
             config.write(offset, data);
             self.gate.set_command(config.command());
-            if decoded && !self.gate.decodes_memory() {
+            let decodes = self.gate.decodes_memory();
+            if is_command(offset, data.len()) {
+                state.dma_bufs.follow_decoding(&self.name, decodes);
+            }
+            if decoded && !decodes {
                 self.record_still_mapped(&state);
             }
             Ok(())
@@ -340,11 +360,15 @@ impl HostFunction for SimFunction {
             if !self.resettable {
                 return refused(ENOTTY);
             }
+            self.host.revoke_dma_bufs(self);
             // VFIO restores config space after the reset, the command register with it.
             for behind in self.bars.iter().flatten() {
                 if let Storage::Registers(registers) = &behind.object.storage {
                     registers.reset();
                 }
+            }
+            if self.gate.decodes_memory() {
+                self.host.restore_dma_bufs(self);
             }
             Ok(())
         })
@@ -377,6 +401,12 @@ impl Drop for SimFunction {
     fn drop(&mut self) {
         let mut state = self.host.0.state.write();
         state.functions.remove(&self.name);
+        state.dma_bufs.revoke(&self.name);
+        for group in state.groups.values_mut() {
+            if group.attached.remove(&self.name) && group.attached.is_empty() {
+                group.ioas = None;
+            }
+        }
         self.gate.set_gone(true);
     }
 }
