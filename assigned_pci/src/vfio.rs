@@ -81,6 +81,7 @@ pub struct VfioFunction {
     config: Region,
     config_size: u16,
     bars: [Option<VfioBar>; 6],
+    is_virtual: bool,
 }
 
 #[derive(Debug)]
@@ -142,7 +143,16 @@ impl VfioFunction {
             config,
             config_size,
             bars,
+            is_virtual: false,
         })
+    }
+
+    /// Says that it is a virtual function (SR-IOV), which VFIO does not tell: its directory in
+    /// sysfs then has a link `physfn`.
+    #[must_use]
+    pub fn of_virtual_function(mut self, is_virtual: bool) -> Self {
+        self.is_virtual = is_virtual;
+        self
     }
 
     /// The device, for its interrupts.
@@ -270,6 +280,10 @@ impl HostFunction for VfioFunction {
 
     fn reset(&self) -> io::Result<()> {
         self.device.reset()
+    }
+
+    fn is_virtual(&self) -> bool {
+        self.is_virtual
     }
 }
 

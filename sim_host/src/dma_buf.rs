@@ -1,7 +1,8 @@
 //! Which functions' dma-bufs are revoked, and how often they have been.
 //!
-//! The host's state holds one [`DmaBufs`] for all functions. A function's code says what happens
-//! to it, in the kernel's places (`vfio_pci_dma_buf_move` in Linux 7.3):
+//! The host holds one [`DmaBufs`] for all functions, with a lock of its own that is taken last. A
+//! function's code says what happens to it, in the kernel's places (`vfio_pci_dma_buf_move` in
+//! Linux 7.3), with the host's state locked for writing, so that no DMA is under way:
 //!
 //! - [`revoke`](DmaBufs::revoke) when its command register is written without memory decoding,
 //!   before it enters D3hot, and before any reset is tried, by whatever means and by whomever, so
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use libc::ENODEV;
 use memory_map::Errno;
+use parking_lot::Mutex;
 
 /// What has become of one function's dma-bufs.
 #[derive(Debug, Default)]
@@ -34,14 +36,13 @@ pub(crate) struct Import {
 
 /// The revocations of all functions, by name.
 #[derive(Debug, Default)]
-pub(crate) struct DmaBufs {
-    functions: BTreeMap<Arc<str>, Revocation>,
-}
+pub(crate) struct DmaBufs(Mutex<BTreeMap<Arc<str>, Revocation>>);
 
 impl DmaBufs {
     /// Kills what is mapped of a function's dma-bufs; none can be mapped until they are restored.
-    pub fn revoke(&mut self, function: &Arc<str>) {
-        let revocation = self.functions.entry(Arc::clone(function)).or_default();
+    pub fn revoke(&self, function: &Arc<str>) {
+        let mut functions = self.0.lock();
+        let revocation = functions.entry(Arc::clone(function)).or_default();
         if !revocation.now {
             revocation.now = true;
             revocation.times = revocation.times.saturating_add(1);
@@ -49,24 +50,16 @@ impl DmaBufs {
     }
 
     /// Has them be mapped again. What was mapped before stays dead.
-    pub fn restore(&mut self, function: &Arc<str>) {
-        if let Some(revocation) = self.functions.get_mut(function) {
+    pub fn restore(&self, function: &Arc<str>) {
+        if let Some(revocation) = self.0.lock().get_mut(function) {
             revocation.now = false;
-        }
-    }
-
-    /// Follows a write to a function's command register.
-    pub fn follow_decoding(&mut self, function: &Arc<str>, decodes: bool) {
-        if decodes {
-            self.restore(function);
-        } else {
-            self.revoke(function);
         }
     }
 
     /// Attaches to a dma-buf of a function, as an importer does.
     pub fn import(&self, function: &Arc<str>) -> Result<Import, Errno> {
-        let revocation = self.functions.get(function);
+        let functions = self.0.lock();
+        let revocation = functions.get(function);
         if revocation.is_some_and(|revocation| revocation.now) {
             return Err(Errno::new(ENODEV));
         }
@@ -78,8 +71,9 @@ impl DmaBufs {
 
     /// Whether nothing was revoked since.
     pub fn is_live(&self, import: &Import) -> bool {
-        let times = self.functions.get(&import.function);
-        times.map_or(0, |revocation| revocation.times) == import.times
+        let functions = self.0.lock();
+        let revocation = functions.get(&import.function);
+        revocation.map_or(0, |revocation| revocation.times) == import.times
     }
 }
 
@@ -90,7 +84,7 @@ mod tests {
     #[test]
     fn what_was_revoked_once_is_dead_for_good() {
         let function: Arc<str> = "0000:00:06.0".into();
-        let mut dma_bufs = DmaBufs::default();
+        let dma_bufs = DmaBufs::default();
         let before = dma_bufs.import(&function).unwrap();
         assert!(dma_bufs.is_live(&before));
         dma_bufs.revoke(&function);

@@ -115,7 +115,7 @@ pub(crate) struct State {
     pub bus: PhysicalBus,
     pub containers: BTreeMap<ContainerId, ContainerState>,
     pub ioases: Ioases,
-    pub dma_bufs: DmaBufs,
+    pub dma_bufs: Arc<DmaBufs>,
     pub files: Files,
     pub groups: BTreeMap<GroupId, GroupState>,
     /// Which functions there are, and which group each is in.
@@ -169,6 +169,8 @@ pub(crate) struct HostInner {
     pub logs: Mutex<Logs>,
     pub calls: Mutex<CallBook>,
     hook: Mutex<Option<Arc<Hook>>>,
+    /// The state's, for those who have it locked.
+    pub dma_bufs: Arc<DmaBufs>,
 }
 
 /// What happens at the points that calls reach.
@@ -196,6 +198,7 @@ impl SimHost {
     #[must_use]
     pub fn new(spec: HostSpec) -> Self {
         let locked_limit = spec.locked_limit;
+        let dma_bufs = Arc::new(DmaBufs::default());
         Self(Arc::new(HostInner {
             spec,
             state: RwLock::new(State {
@@ -203,7 +206,7 @@ impl SimHost {
                 bus: PhysicalBus::new(),
                 containers: BTreeMap::new(),
                 ioases: Ioases::default(),
-                dma_bufs: DmaBufs::default(),
+                dma_bufs: Arc::clone(&dma_bufs),
                 files: Files::default(),
                 groups: BTreeMap::new(),
                 functions: BTreeMap::new(),
@@ -216,6 +219,7 @@ impl SimHost {
             logs: Mutex::default(),
             calls: Mutex::default(),
             hook: Mutex::default(),
+            dma_bufs,
         }))
     }
 
@@ -298,14 +302,14 @@ impl SimHost {
     /// Revokes a function's dma-bufs, as a reset does whose beginning was all that happened of
     /// it.
     pub fn revoke_dma_bufs(&self, function: &SimFunction) {
-        let mut state = self.0.state.write();
-        state.dma_bufs.revoke(function.label());
+        let state = self.0.state.write();
+        state.dma_bufs.revoke(&function.name);
     }
 
     /// Has a function's dma-bufs be mapped again, as when a reset is over.
     pub fn restore_dma_bufs(&self, function: &SimFunction) {
-        let mut state = self.0.state.write();
-        state.dma_bufs.restore(function.label());
+        let state = self.0.state.write();
+        state.dma_bufs.restore(&function.name);
     }
 
     /// Sets how many bytes may be pinned from now on (`RLIMIT_MEMLOCK`); nothing for no limit.

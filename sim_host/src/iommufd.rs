@@ -105,14 +105,14 @@ impl SimIoas {
         let host = &self.0.host;
         host.call(Call::IoasAttach, &self.0.label, None, || {
             let mut state = host.0.state.write();
-            Ok(state.attach(&host.0.spec, self.0.key, function.label())?)
+            Ok(state.attach(&host.0.spec, self.0.key, &function.name)?)
         })
     }
 
     /// Detaches a function (`VFIO_DEVICE_DETACH_IOMMUFD_PT`): it reaches nothing any more.
     pub fn detach(&self, function: &SimFunction) {
         let mut state = self.0.host.0.state.write();
-        state.detach(self.0.key, function.label());
+        state.detach(self.0.key, &function.name);
     }
 
     /// What is mapped in it, by address.
