@@ -22,6 +22,7 @@ use crate::call::Call;
 use crate::host::State;
 use crate::io_page_table::{Pages, Source};
 use crate::ioas_state::{IoasKey, Parts};
+use crate::page::PAGE;
 use crate::{CallPoint, SimFunction, SimHost};
 
 /// An open iommufd. Clones are handles on the same one.
@@ -195,6 +196,17 @@ impl SimIoas {
     }
 }
 
+/// What was imported from `at` on, an address or an offset in a file, as a part of pages that
+/// start where the processor's do.
+fn from_page(pages: Pages, at: u64, size: u64) -> Parts {
+    let start = at % PAGE;
+    let pages = Pages {
+        offset: pages.offset.saturating_sub(start),
+        ..pages
+    };
+    vec![(Arc::new(pages), start, size)]
+}
+
 impl IoAddressSpace for SimIoas {
     fn id(&self) -> IoasId {
         self.0.key.ioas
@@ -237,7 +249,7 @@ impl IoAddressSpace for SimIoas {
         self.call(Call::MapFile, Some(iova), || {
             let pages = self.import(file, offset, iova.size(), access)?;
             self.0.host.reach_point(CallPoint::Midway(Call::MapFile));
-            self.enter(iova, access, vec![(Arc::new(pages), 0, iova.size())])
+            self.enter(iova, access, from_page(pages, offset, iova.size()))
         })
     }
 
@@ -246,13 +258,7 @@ impl IoAddressSpace for SimIoas {
         // the caller could break.
         self.call(Call::IoasMap, Some(iova), || {
             let pages = self.import_address(vaddr, iova.size(), access)?;
-            let start = vaddr.raw() % crate::page::PAGE;
-            // The kernel's pages start where the processor's do.
-            let pages = Pages {
-                offset: pages.offset.saturating_sub(start),
-                ..pages
-            };
-            self.enter(iova, access, vec![(Arc::new(pages), start, iova.size())])
+            self.enter(iova, access, from_page(pages, vaddr.raw(), iova.size()))
         })
     }
 
