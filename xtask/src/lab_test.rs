@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use lab::cache::Cache;
-use lab::kernel::KernelChoice;
+use lab::kernel::{KernelChoice, OwnKernel};
 use lab::parts::Parts;
 use lab::scenario::{Report, Scenario, Verdict, run_all};
 use lab::scenarios;
@@ -36,7 +36,7 @@ pub fn test(filter: Option<&str>, list: bool, no_skips: bool) -> anyhow::Result<
     let programs = guest_programs::build()?;
     let mut count = Count::default();
     let cache = Cache::from_environment()?;
-    match Parts::obtain(&cache, &KernelChoice::Stock, programs) {
+    match Parts::obtain(&cache, &KernelChoice::Own(OwnKernel::Stock), programs) {
         Ok(parts) => {
             eprintln!(
                 "lab: QEMU {}, kernel {}",

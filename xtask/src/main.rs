@@ -7,11 +7,12 @@ mod lab_test;
 mod tool;
 mod workspace;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use lab::kernel::KernelChoice;
+use lab::disk::Disk;
+use lab::kernel::{KernelChoice, OwnKernel};
+use lab::spec::Iommu;
 
 /// The workspace's chores.
 #[derive(Debug, Parser)]
@@ -36,8 +37,10 @@ enum Chore {
     /// The nested machine: QEMU, a real kernel, a real IOMMU driver.
     ///
     /// What it needs (QEMU, a stock kernel, a shell; about 150 MB of packages) is fetched with apt
-    /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. Nothing
-    /// is installed, and no privileges are needed.
+    /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. A second
+    /// kernel, `iommufd`, is built there from Debian's source package (170 MB, gone when it is
+    /// built; 2 GB of disk and some ten minutes on two processors, once). Nothing is installed, and
+    /// no privileges are needed; building wants gcc on the PATH.
     #[command(subcommand)]
     Lab(LabChore),
 }
@@ -55,15 +58,24 @@ enum LabChore {
     Run(RunArgs),
     /// Runs the lab's scenarios.
     Test(TestArgs),
-    /// Fetches what the lab needs into the cache, and does nothing else.
-    Fetch,
+    /// Fetches and builds what the lab needs into the cache, and does nothing else.
+    Fetch(FetchArgs),
+}
+
+/// What `lab fetch` is told.
+#[derive(Debug, Args)]
+struct FetchArgs {
+    /// Only this kernel; else both.
+    #[arg(long, value_name = "stock|iommufd")]
+    kernel: Option<OwnKernel>,
 }
 
 /// What `lab run` is told.
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Debian's kernel, or an image (bzImage or vmlinux) with everything built in.
-    #[arg(long, value_name = "stock|PATH", default_value = "stock")]
+    /// Debian's kernel (VFIO by groups), the one the lab builds (cdev, iommufd and dma-bufs as well;
+    /// see lab/kernel/iommufd.config), or an image (bzImage or vmlinux) with everything built in.
+    #[arg(long, value_name = "stock|iommufd|PATH", default_value = "stock")]
     kernel: KernelChoice,
     /// A QEMU object, as after QEMU's -object. May be repeated.
     #[arg(long = "object", value_name = "QEMU-OBJECT")]
@@ -71,6 +83,16 @@ struct RunArgs {
     /// A QEMU device, as after QEMU's -device. May be repeated.
     #[arg(long = "device", value_name = "QEMU-DEVICE")]
     devices: Vec<String>,
+    /// A disk for a device that names it as its drive (nvme,drive=ID), of so many MiB. Its words
+    /// hold their own offsets, see lab::disk. May be repeated.
+    #[arg(long = "disk", value_name = "ID=MIB")]
+    disks: Vec<Disk>,
+    /// The machine's IOMMU.
+    #[arg(long, value_name = "intel|intel-39-bit|amd", default_value = "intel")]
+    iommu: Iommu,
+    /// An option for the kernel's command line. May be repeated.
+    #[arg(long = "kernel-option", value_name = "OPTION")]
+    kernel_options: Vec<String>,
     /// A file for the nested machine; at /lab/files under its own name unless GUEST, an absolute
     /// path, says otherwise. May be repeated.
     #[arg(long = "file", value_name = "HOST[:GUEST]")]
@@ -142,7 +164,7 @@ fn main() -> ExitCode {
             args.list,
             args.strictness.refuses_skips(),
         ),
-        Chore::Lab(LabChore::Fetch) => fetch(),
+        Chore::Lab(LabChore::Fetch(args)) => fetch(args.kernel),
     };
     result.unwrap_or_else(|error| {
         complain(&error);
@@ -178,13 +200,18 @@ fn interleavings() -> anyhow::Result<()> {
     workspace::cargo(&arguments, &environment)
 }
 
-fn fetch() -> anyhow::Result<ExitCode> {
+fn fetch(only: Option<OwnKernel>) -> anyhow::Result<ExitCode> {
     let cache = lab::cache::Cache::from_environment()?;
-    let (qemu, kernel, shell) = lab::parts::fetch(&cache, &KernelChoice::Stock)?;
-    println!("QEMU    {}", qemu.version);
-    println!("kernel  {}", kernel.description);
-    println!("shell   {}", shell.display());
-    println!("cache   {}", PathBuf::from(cache.root()).display());
+    for kernel in OwnKernel::ALL {
+        if only.is_some_and(|only| only != kernel) {
+            continue;
+        }
+        let (qemu, got, shell) = lab::parts::fetch(&cache, &KernelChoice::Own(kernel))?;
+        println!("QEMU    {}", qemu.version);
+        println!("kernel  {}: {}", kernel.name(), got.description);
+        println!("shell   {}", shell.display());
+    }
+    println!("cache   {}", cache.root().display());
     Ok(ExitCode::SUCCESS)
 }
 
