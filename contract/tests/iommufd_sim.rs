@@ -146,6 +146,10 @@ impl Bench for SimBench {
         self.ram.file().unwrap().fd
     }
 
+    fn ram_backing(&self) -> Backing {
+        Backing::new(self.ram.clone())
+    }
+
     fn ram_size(&self) -> u64 {
         RAM_SIZE
     }
@@ -199,6 +203,10 @@ impl Bench for SimBench {
 
     fn dma_buf(&self) -> BorrowedFd<'_> {
         self.bar.file().unwrap().fd
+    }
+
+    fn bar_backing(&self) -> Backing {
+        self.bar.clone()
     }
 
     fn bar_read(&self, offset: u64) -> io::Result<[u8; 8]> {

@@ -41,8 +41,8 @@ use memory_map::{
 use crate::ram_copies::{Offer, RamCopies};
 use crate::{InvalidLargestMapping, IoAddressSpace, refusal};
 
-/// An IOAS that follows a memory map.
-pub struct IoasTarget<I: IoAddressSpace> {
+/// An IOAS that follows a memory map: a certain kind of one, or `dyn IoAddressSpace`.
+pub struct IoasTarget<I: IoAddressSpace + ?Sized> {
     ioas: Arc<I>,
     copies: RamCopies,
     largest_mapping: u64,
@@ -57,7 +57,7 @@ struct Held {
     offer: Option<Offer>,
 }
 
-impl<I: IoAddressSpace> IoasTarget<I> {
+impl<I: IoAddressSpace + ?Sized> IoasTarget<I> {
     /// The largest mapping unless another is set: 1 GiB. Longer pieces of the map are mapped in
     /// several calls, between which progress is reported and work can be cancelled.
     pub const DEFAULT_LARGEST_MAPPING: u64 = 1 << 30;
@@ -172,7 +172,7 @@ impl<I: IoAddressSpace> IoasTarget<I> {
     }
 }
 
-impl<I: IoAddressSpace> DmaTarget for IoasTarget<I> {
+impl<I: IoAddressSpace + ?Sized> DmaTarget for IoasTarget<I> {
     fn limits(&self) -> Result<TargetLimits, Errno> {
         let ranges = self.ioas.ranges()?;
         // With no device attached there is no alignment; memory comes in pages all the same.
@@ -239,7 +239,7 @@ impl<I: IoAddressSpace> DmaTarget for IoasTarget<I> {
     }
 }
 
-impl<I: IoAddressSpace> Drop for IoasTarget<I> {
+impl<I: IoAddressSpace + ?Sized> Drop for IoasTarget<I> {
     /// Takes down what is left, which is nothing if the map unregistered the target.
     fn drop(&mut self) {
         for Held { request, offer } in std::mem::take(&mut self.held).into_values() {
@@ -252,7 +252,7 @@ impl<I: IoAddressSpace> Drop for IoasTarget<I> {
     }
 }
 
-impl<I: IoAddressSpace> fmt::Debug for IoasTarget<I> {
+impl<I: IoAddressSpace + ?Sized> fmt::Debug for IoasTarget<I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IoasTarget")
             .field("ioas", &self.ioas.id())

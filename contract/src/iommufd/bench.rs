@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use dma_engine::DmaEngine;
 use iommu::IoAddressSpace;
-use memory_map::{Access, HostVa, IovaRange};
+use memory_map::{Access, Backing, HostVa, IovaRange};
 
 use crate::Window;
 
@@ -63,6 +63,9 @@ pub trait Bench {
     /// A memfd of RAM, of [`ram_size`](Self::ram_size) bytes.
     fn ram(&self) -> BorrowedFd<'_>;
 
+    /// The same as a backing.
+    fn ram_backing(&self) -> Backing;
+
     /// At least 32 pages.
     fn ram_size(&self) -> u64;
 
@@ -108,6 +111,9 @@ pub trait Bench {
 
     /// The memory BAR as a dma-buf of its size.
     fn dma_buf(&self) -> BorrowedFd<'_>;
+
+    /// The same as a backing.
+    fn bar_backing(&self) -> Backing;
 
     /// Reads 8 bytes from the BAR, by no IOMMU.
     ///

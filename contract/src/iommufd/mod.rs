@@ -10,6 +10,7 @@ mod dma_cases;
 mod limit_cases;
 mod map_cases;
 mod real;
+mod target_cases;
 mod unmap_cases;
 
 pub use bench::{Bench, Function, IommufdHost};

@@ -104,7 +104,7 @@ impl IommufdHost for RealHost {
             engine_function,
             memory,
             share_a_group,
-            ram,
+            ram: Backing::new(ram),
             anonymous,
             anonymous_mapping,
             no_memory: File::open("/dev/null")?,
@@ -125,7 +125,7 @@ struct RealBench {
     engine_function: Arc<VfioFunction>,
     memory: Arc<VfioFunction>,
     share_a_group: bool,
-    ram: Ram,
+    ram: Backing,
     anonymous: Ram,
     anonymous_mapping: Box<dyn HostMapping>,
     no_memory: File,
@@ -151,6 +151,20 @@ impl RealBench {
             Function::Engine => &self.engine_function,
             Function::Memory => &self.memory,
         }
+    }
+
+    /// The file of the RAM or the BAR, which was asked for when the bench was made: a case that
+    /// got the other file would fail.
+    fn file_of<'b>(&'b self, backing: &'b Backing) -> BorrowedFd<'b> {
+        match backing.file() {
+            Ok(file) => file.fd,
+            Err(_) => self.no_memory.as_fd(),
+        }
+    }
+
+    fn memfd(&self) -> io::Result<&Ram> {
+        let ram = self.ram.downcast_ref();
+        ram.ok_or_else(|| io::Error::other("RAM that is none"))
     }
 
     /// Whether `size` bytes from `vaddr` on are such as may be mapped for DMA: the memory without
@@ -207,8 +221,11 @@ impl Bench for RealBench {
     }
 
     fn ram(&self) -> BorrowedFd<'_> {
-        // A memfd always has one; a case that got the other file would fail.
-        self.ram.file().unwrap_or_else(|| self.no_memory.as_fd())
+        self.file_of(&self.ram)
+    }
+
+    fn ram_backing(&self) -> Backing {
+        self.ram.clone()
     }
 
     fn ram_size(&self) -> u64 {
@@ -216,11 +233,13 @@ impl Bench for RealBench {
     }
 
     fn ram_read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.ram.read(offset, data).map_err(|error| told(&error))
+        let read = self.memfd()?.read(offset, data);
+        read.map_err(|error| told(&error))
     }
 
     fn ram_write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.ram.write(offset, data).map_err(|error| told(&error))
+        let written = self.memfd()?.write(offset, data);
+        written.map_err(|error| told(&error))
     }
 
     fn no_memory(&self) -> BorrowedFd<'_> {
@@ -265,11 +284,11 @@ impl Bench for RealBench {
     }
 
     fn dma_buf(&self) -> BorrowedFd<'_> {
-        // It was exported when the bench was made; a case that got the other file would fail.
-        match self.bar.file() {
-            Ok(file) => file.fd,
-            Err(_) => self.no_memory.as_fd(),
-        }
+        self.file_of(&self.bar)
+    }
+
+    fn bar_backing(&self) -> Backing {
+        self.bar.clone()
     }
 
     fn bar_read(&self, offset: u64) -> io::Result<[u8; 8]> {
