@@ -77,8 +77,8 @@ pub trait IoAddressSpace: Send + Sync {
     /// Takes down all mappings in `iova` and tells how many bytes they had (`IOMMU_IOAS_UNMAP`).
     ///
     /// # Errors
-    /// `ENOENT` where the range would bisect a mapping; `EBUSY` where one is in use. Mappings
-    /// before the one that was refused may be gone.
+    /// `ENOENT` where the range would bisect a mapping, or nothing is mapped in it; `EBUSY` where
+    /// one is in use. Mappings before the one that was refused may be gone.
     fn unmap(&self, iova: IovaRange) -> io::Result<u64>;
 
     /// Takes down all mappings there are.

@@ -100,7 +100,7 @@ impl State {
         Ok(limits)
     }
 
-    /// Attaches a function, or has its whole group move if it is attached to something else.
+    /// Attaches a function, which is detached first if it is attached to something else.
     pub fn attach(
         &mut self,
         spec: &HostSpec,
@@ -109,6 +109,10 @@ impl State {
     ) -> Result<(), Errno> {
         let id = *self.functions.get(function).ok_or(Errno::new(ENODEV))?;
         let reserved = self.reserved(spec, id);
+        let now = self.groups.get(&id).and_then(|group| group.ioas);
+        if let Some(now) = now.filter(|now| *now != key) {
+            self.detach(now, function);
+        }
         let group = self.groups.get(&id).ok_or(Errno::new(ENODEV))?;
         if group.container.is_some() {
             return refused(EBUSY);
@@ -116,8 +120,8 @@ impl State {
         let table = self.ioas(key)?;
         match group.ioas {
             Some(already) if already == key => {}
-            Some(_) if !group.attached.contains(function) => return refused(EINVAL),
-            _ => {
+            Some(_) => return refused(EINVAL),
+            None => {
                 table.check_device(&reserved, spec.page())?;
                 if !self.is_attached(key) {
                     for area in table.areas() {

@@ -14,7 +14,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use iommu::IoAddressSpace;
-use libc::{EFAULT, EINVAL, EOVERFLOW};
+use libc::{EFAULT, EINVAL, ENOENT, EOVERFLOW};
 use memory_map::{Access, Errno, HostVa, Iova, IovaRange};
 use vfio_sys::{IoasId, IoasRanges, IommufdId};
 
@@ -94,14 +94,14 @@ impl fmt::Display for SimIoas {
 }
 
 impl SimIoas {
-    /// Attaches a function (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`), instead of to what it was attached
-    /// to before. Functions of its group follow.
+    /// Attaches a function (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`). If it is attached to another
+    /// address space, it is detached from that first, as `vfio_sys` does it.
     ///
     /// # Errors
     /// `EBUSY` where its group is in a container; `EINVAL` where another function of its group is
     /// attached to another address space, or something that is mapped cannot be pinned; `ENOMEM`
     /// past the limit on locked memory; `EADDRINUSE` where something is mapped or promised in
-    /// what the function reserves. Nothing changes then.
+    /// what the function reserves. It is attached to nothing else then.
     pub fn attach(&self, function: &SimFunction) -> io::Result<()> {
         let host = &self.0.host;
         host.call(Call::IoasAttach, &self.0.label, None, || {
@@ -278,7 +278,10 @@ impl IoAddressSpace for SimIoas {
 
     fn unmap(&self, iova: IovaRange) -> io::Result<u64> {
         self.call(Call::IoasUnmap, Some(iova), || {
-            self.with_state(|state| state.ioas_mut(self.0.key)?.unmap(iova))
+            self.with_state(|state| match state.ioas_mut(self.0.key)?.unmap(iova)? {
+                0 => Err(Errno::new(ENOENT)),
+                bytes => Ok(bytes),
+            })
         })
     }
 

@@ -122,15 +122,18 @@ impl Device {
     }
 
     /// Attaches it to an address space of its iommufd, whose mappings it then reaches
-    /// (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`); instead of the one that it was attached to before, if
-    /// there is one. What the address space allows may shrink: ask for its
+    /// (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`). What the address space allows may shrink: ask for its
     /// [`ranges`](Ioas::ranges) again.
+    ///
+    /// If it is attached to another one, it is detached from that first. The kernel would replace
+    /// the one by the other in one step, but for all devices of the IOMMU group, whose own handles
+    /// would not know of it.
     ///
     /// # Errors
     /// [`CdevError::Attach`]: `EADDRINUSE` where something is mapped, or promised to be allowed,
     /// where the device reserves addresses; `EINVAL` where another device of its group is
     /// attached to another address space; `ENOMEM` where what is mapped cannot be pinned.
-    /// [`CdevError::OtherIommufd`]. It is attached to what it was before, then.
+    /// [`CdevError::OtherIommufd`]. It is attached to nothing else then.
     pub fn attach(&self, ioas: Arc<Ioas>) -> Result<(), CdevError> {
         let Some(binding) = self
             .binding()
@@ -142,12 +145,19 @@ impl Device {
             });
         };
         let mut attached = binding.attached.lock();
-        device_ioctls::attach_iommufd_pt(self.as_fd(), ioas.id().raw()).map_err(|source| {
-            CdevError::Attach {
-                name: binding.name.clone(),
-                source,
+        let refused = |source| CdevError::Attach {
+            name: binding.name.clone(),
+            source,
+        };
+        match &*attached {
+            Some(now) if Arc::ptr_eq(now, &ioas) => return Ok(()),
+            Some(_) => {
+                device_ioctls::detach_iommufd_pt(self.as_fd()).map_err(refused)?;
+                *attached = None;
             }
-        })?;
+            None => {}
+        }
+        device_ioctls::attach_iommufd_pt(self.as_fd(), ioas.id().raw()).map_err(refused)?;
         *attached = Some(ioas);
         Ok(())
     }

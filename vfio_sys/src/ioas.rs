@@ -213,7 +213,8 @@ impl Ioas {
     /// Takes down all mappings in `iova` and tells how many bytes they had (`IOMMU_IOAS_UNMAP`).
     ///
     /// # Errors
-    /// `ENOENT` where the range would bisect a mapping; `EBUSY` where one is being made or used.
+    /// `ENOENT` where the range would bisect a mapping, or nothing is mapped in it; `EBUSY` where
+    /// one is being made or used.
     /// **Not atomic:** mappings before the one that was refused may be gone.
     pub fn unmap(&self, iova: IovaRange) -> io::Result<u64> {
         iommufd_ioctls::ioas_unmap(self.fd(), self.id.raw(), iova.start().raw(), iova.size())

@@ -3,7 +3,7 @@
 use libc::{EADDRINUSE, EINVAL};
 use memory_map::Access;
 
-use super::cases::{Space, map_ram, map_ram_into, unmaps};
+use super::cases::{Space, map_ram, map_ram_into, move_to, unmaps};
 use super::dma_cases::{DESTINATION, TEXT, iova, ram, two_pages};
 use super::{Bench, Function};
 use crate::cases::{AT, MSI, MSI_SIZE, PAGE, pages, range};
@@ -142,7 +142,7 @@ pub(crate) fn a_moved_device_reaches_what_is_mapped_there(bench: &mut dyn Bench)
     let there = bench.alloc()?;
     map_ram_into(bench, &there, pages(2, 1)?, 6)?;
     bench.engine().load(iova(0), 8)?;
-    granted(bench.attach(Function::Engine, &there))?;
+    move_to(bench, Function::Engine, &there)?;
     bench.engine().store(iova(2), 8)?;
     same("where it was", ram(bench, DESTINATION)?, [0; 8])?;
     same("where it is", ram(bench, 6 * PAGE)?, TEXT)

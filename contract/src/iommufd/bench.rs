@@ -45,7 +45,7 @@ pub trait Bench {
     /// Lets go of one that [`alloc`](Self::alloc) made.
     fn destroy(&self, ioas: Arc<dyn IoAddressSpace>);
 
-    /// Attaches a function, instead of to what it was attached to before.
+    /// Attaches a function, after detaching it from what it was attached to.
     ///
     /// # Errors
     /// The kernel's errno.

@@ -6,8 +6,8 @@ use iommu::IoAddressSpace;
 use memory_map::{Access, IovaRange};
 
 use super::{
-    Bench, IommufdHost, address_cases, attach_cases, copy_cases, dma_buf_cases, dma_cases,
-    limit_cases, map_cases, target_cases, unmap_cases,
+    Bench, Function, IommufdHost, address_cases, attach_cases, copy_cases, dma_buf_cases,
+    dma_cases, limit_cases, map_cases, target_cases, unmap_cases,
 };
 use crate::cases::PAGE;
 use crate::verdict::{granted, same};
@@ -64,8 +64,8 @@ pub fn cases() -> Vec<Case> {
         address_cases::address_that_wraps_is_eoverflow,
         address_cases::overlap_is_found_before_missing_memory,
         unmap_cases::unmap_returns_the_bytes,
-        unmap_cases::unmapping_nothing_takes_nothing,
-        unmap_cases::unmapping_twice_takes_nothing,
+        unmap_cases::unmapping_nothing_is_enoent,
+        unmap_cases::unmapping_twice_is_enoent,
         unmap_cases::cutting_off_the_front_is_enoent,
         unmap_cases::cutting_off_the_end_is_enoent,
         unmap_cases::cutting_out_the_middle_is_enoent,
@@ -188,6 +188,18 @@ pub(crate) fn map_ram_into(bench: &dyn Bench, ioas: &Space, iova: IovaRange, pag
 /// The unmap must succeed and return that many bytes.
 pub(crate) fn unmaps(ioas: &Space, iova: IovaRange, bytes: u64) -> Verdict {
     same("bytes unmapped", granted(ioas.unmap(iova))?, bytes)
+}
+
+/// Attaches a function that is attached elsewhere. Of two that share a group, the other one is
+/// detached, since they cannot be apart.
+pub(crate) fn move_to(bench: &dyn Bench, function: Function, ioas: &Space) -> Verdict {
+    if bench.share_a_group() {
+        granted(bench.detach(match function {
+            Function::Engine => Function::Memory,
+            Function::Memory => Function::Engine,
+        }))?;
+    }
+    granted(bench.attach(function, ioas))
 }
 
 /// Nothing may be mapped in all of it.

@@ -3,7 +3,7 @@
 use libc::{EEXIST, EINVAL, ENOENT, EPERM};
 use memory_map::{Access, Iova, IovaRange};
 
-use super::cases::{Space, map_ram, map_ram_into, nothing_is_mapped, unmaps};
+use super::cases::{Space, map_ram, map_ram_into, move_to, nothing_is_mapped, unmaps};
 use super::dma_cases::{DESTINATION, SOURCE, TEXT, iova, ram};
 use super::{Bench, Function};
 use crate::Verdict;
@@ -152,7 +152,7 @@ pub(crate) fn copying_from_a_destroyed_address_space_is_enoent(bench: &mut dyn B
     let (here, there) = (bench.ioas(), bench.alloc()?);
     map_ram_into(bench, &there, pages(0, 4)?, 0)?;
     // One that a device was attached to is destroyed all the same.
-    granted(bench.attach(Function::Memory, &there))?;
+    move_to(bench, Function::Memory, &there)?;
     granted(bench.detach(Function::Memory))?;
     let id = there.id();
     bench.destroy(there);

@@ -3,7 +3,7 @@
 use libc::{EEXIST, EINVAL, ENODEV};
 use memory_map::Access;
 
-use super::cases::{Space, map_ram, nothing_is_mapped, unmaps};
+use super::cases::{Space, map_ram, move_to, nothing_is_mapped, unmaps};
 use super::dma_cases::{DESTINATION, OTHER, SOURCE, TEXT, iova, ram, two_pages};
 use super::{Bench, Function};
 use crate::Verdict;
@@ -217,13 +217,13 @@ pub(crate) fn a_mapping_is_dead_in_every_address_space(bench: &mut dyn Bench) ->
     let there = bench.alloc()?;
     let (here, source) = (bench.ioas(), pages(0, 1)?);
     granted(there.copy(source, here.id(), source.start(), Access::ReadWrite))?;
-    granted(bench.attach(Function::Engine, &there))?;
+    move_to(bench, Function::Engine, &there)?;
     map_bar(bench, &here, 1)?;
     map_bar(bench, &there, 1)?;
     same("in the BAR, before", write_to_bar(bench)?, TEXT)?;
     blink(bench)?;
     same("in the BAR, after", write_to_bar(bench)?, OTHER)?;
-    granted(bench.attach(Function::Engine, &here))?;
+    move_to(bench, Function::Engine, &here)?;
     same("from where it was before", write_to_bar(bench)?, OTHER)
 }
 
@@ -260,7 +260,7 @@ pub(crate) fn a_bar_revoked_before_a_device_was_attached_leads_nowhere(
     granted(there.map_file(source, bench.ram(), 0, Access::ReadWrite))?;
     map_bar(bench, &there, 1)?;
     blink(bench)?;
-    granted(bench.attach(Function::Engine, &there))?;
+    move_to(bench, Function::Engine, &there)?;
     same("in the BAR", write_to_bar(bench)?, OTHER)?;
     unmaps(&there, pages(BAR, 1)?, PAGE)?;
     map_bar(bench, &there, 1)?;

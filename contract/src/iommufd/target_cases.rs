@@ -12,7 +12,7 @@ use memory_map::{
     RegionManager, RegionSpec, SubMapping, TargetHandle, TargetOptions,
 };
 
-use super::cases::Space;
+use super::cases::{Space, move_to};
 use super::dma_cases::{DESTINATION, OTHER, SOURCE, TEXT, iova, ram};
 use super::{Bench, Function};
 use crate::cases::{AT, PAGE};
@@ -143,7 +143,7 @@ fn written(bench: &mut dyn Bench, page: u64) -> Result<[u8; 8], Complaint> {
 
 pub(crate) fn a_bar_follows_the_map_into_two_address_spaces(bench: &mut dyn Bench) -> Verdict {
     let (here, there) = (bench.ioas(), bench.alloc()?);
-    granted(bench.attach(Function::Engine, &there))?;
+    move_to(bench, Function::Engine, &there)?;
     let mapped = Mapped::new(bench)?;
     let targets = [mapped.register(&here)?, mapped.register(&there)?];
     for target in &targets {
@@ -153,7 +153,7 @@ pub(crate) fn a_bar_follows_the_map_into_two_address_spaces(bench: &mut dyn Benc
     mapped.move_bar(MOVED)?;
     same("at its old place", written(bench, BAR)?, OTHER)?;
     same("at its new place", written(bench, MOVED)?, TEXT)?;
-    granted(bench.attach(Function::Engine, &here))?;
+    move_to(bench, Function::Engine, &here)?;
     same("in the other one", written(bench, MOVED)?, TEXT)?;
     mapped.disable_bar()?;
     same("when it is hidden", written(bench, MOVED)?, OTHER)?;
@@ -191,11 +191,11 @@ pub(crate) fn ram_in_two_targets_is_locked_once(bench: &mut dyn Bench) -> Verdic
 
 pub(crate) fn a_bar_that_was_revoked_is_made_anew_in_both(bench: &mut dyn Bench) -> Verdict {
     let (here, there) = (bench.ioas(), bench.alloc()?);
-    granted(bench.attach(Function::Engine, &there))?;
+    move_to(bench, Function::Engine, &there)?;
     let mapped = Mapped::new(bench)?;
     let _targets = [mapped.register(&here)?, mapped.register(&there)?];
     for ioas in [&there, &here] {
-        granted(bench.attach(Function::Engine, ioas))?;
+        move_to(bench, Function::Engine, ioas)?;
         same("before", written(bench, BAR)?, TEXT)?;
         bench.set_decoding(false)?;
         bench.set_decoding(true)?;
@@ -203,7 +203,7 @@ pub(crate) fn a_bar_that_was_revoked_is_made_anew_in_both(bench: &mut dyn Bench)
         mapped.revoke()?;
         same("after the repair", written(bench, BAR)?, TEXT)?;
     }
-    granted(bench.attach(Function::Engine, &there))?;
+    move_to(bench, Function::Engine, &there)?;
     same("in the other one", written(bench, BAR)?, TEXT)
 }
 

@@ -17,9 +17,9 @@ fn three(bench: &dyn Bench) -> Verdict {
 
 const THREE: u64 = 7 * PAGE;
 
-/// An unmap of what nothing is mapped in succeeds and takes no bytes.
-fn takes_nothing(ioas: &Space, page: u64, count: u64) -> Verdict {
-    unmaps(ioas, pages(page, count)?, 0)
+/// Nothing is mapped there.
+fn nothing_at(ioas: &Space, page: u64, count: u64) -> Verdict {
+    refused(ioas.unmap(pages(page, count)?), ENOENT)
 }
 
 pub(crate) fn unmap_returns_the_bytes(bench: &mut dyn Bench) -> Verdict {
@@ -27,19 +27,19 @@ pub(crate) fn unmap_returns_the_bytes(bench: &mut dyn Bench) -> Verdict {
     unmaps(&bench.ioas(), pages(0, 4)?, 4 * PAGE)
 }
 
-pub(crate) fn unmapping_nothing_takes_nothing(bench: &mut dyn Bench) -> Verdict {
+pub(crate) fn unmapping_nothing_is_enoent(bench: &mut dyn Bench) -> Verdict {
     let ioas = bench.ioas();
-    takes_nothing(&ioas, 0, 4)?;
+    nothing_at(&ioas, 0, 4)?;
     map_ram(bench, pages(4, 4)?, 0)?;
-    takes_nothing(&ioas, 0, 4)?;
-    takes_nothing(&ioas, 8, 4)?;
+    nothing_at(&ioas, 0, 4)?;
+    nothing_at(&ioas, 8, 4)?;
     unmaps(&ioas, pages(4, 4)?, 4 * PAGE)
 }
 
-pub(crate) fn unmapping_twice_takes_nothing(bench: &mut dyn Bench) -> Verdict {
+pub(crate) fn unmapping_twice_is_enoent(bench: &mut dyn Bench) -> Verdict {
     map_ram(bench, pages(0, 4)?, 0)?;
     unmaps(&bench.ioas(), pages(0, 4)?, 4 * PAGE)?;
-    takes_nothing(&bench.ioas(), 0, 4)
+    nothing_at(&bench.ioas(), 0, 4)
 }
 
 pub(crate) fn cutting_off_the_front_is_enoent(bench: &mut dyn Bench) -> Verdict {
