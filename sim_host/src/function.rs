@@ -13,6 +13,7 @@ use crate::bar::SimBarArea;
 use crate::call::Call;
 use crate::config_space::ConfigSpace;
 use crate::edu::Edu;
+use crate::file::SimFile;
 use crate::function_spec::{BarSpec, Model};
 use crate::gate::Gate;
 use crate::host::State;
@@ -107,6 +108,9 @@ impl SimFunction {
         }
         let group = join_group(&mut state, &spec);
         state.functions.insert(Arc::clone(&name), group);
+        if !gate.has_memory_enabled() {
+            state.dma_bufs.revoke(&name);
+        }
         drop(state);
         Ok(Arc::new(Self {
             host: host.clone(),
@@ -245,6 +249,7 @@ fn areas(host: &SimHost, object: &Arc<PhysicalObject>, bar: &BarSpec) -> Vec<Hos
                 object: Arc::clone(object),
                 offset: *offset,
                 size: *size,
+                dma_buf: SimFile::new(host, object, *offset, *size),
             }),
         })
         .collect()
@@ -380,6 +385,12 @@ impl Drop for SimFunction {
     fn drop(&mut self) {
         let mut state = self.host.0.state.write();
         state.functions.remove(&self.name);
+        state.dma_bufs.revoke(&self.name);
+        for group in state.groups.values_mut() {
+            if group.attached.remove(&self.name) && group.attached.is_empty() {
+                group.ioas = None;
+            }
+        }
         self.gate.set_gone(true);
     }
 }

@@ -39,12 +39,14 @@ impl SimFunction {
     }
 
     pub(crate) fn revoke(&self, cause: RevocationCause) {
+        self.host.0.dma_bufs.revoke(&self.name);
         self.revocations.tell(Revocation::Revoked(cause));
     }
 
     /// After an event: what was revoked can be mapped again if memory is enabled.
     pub(crate) fn restore(&self) {
         if self.gate.has_memory_enabled() {
+            self.host.0.dma_bufs.restore(&self.name);
             self.revocations.tell(Revocation::Restored);
         }
     }
