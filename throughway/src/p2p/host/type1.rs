@@ -1,65 +1,64 @@
-//! Opening real devices through VFIO.
+//! By groups and containers.
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use assigned_pci::{HostFunction, VfioFunction};
-use host_memory::Ram;
+use anyhow::Result;
+use assigned_pci::HostFunction;
 use iommu::Type1Target;
-use memory_map::{Backing, DmaTarget, GRANULE, IovaRange, TargetLimits};
-use vfio_sys::{Bdf, Container, Opener, Sysfs};
+use vfio_sys::{Container, Opener};
 
-use super::assembly::Parts;
-use super::windows::common;
+use super::super::assembly::{PartFunction, Space};
+use super::{Host, Opened};
 
-/// Opens `functions` and makes `memory` bytes of RAM.
-pub fn open(functions: &[Bdf], memory: u64) -> Result<Parts> {
-    let mut opener = Opener::new(Sysfs::default());
-    // Everything that can be wrong with any of them is said before anything is touched.
-    for bdf in functions {
-        opener.group(*bdf)?;
+/// Opens them: a container for all that may see the same, or several where their IOMMUs differ.
+pub fn open(host: &Host<'_>) -> Result<Opened> {
+    let (classes, places) = host.by_filter();
+    // Each class has containers of its own. No group is in two classes.
+    let mut openers = Vec::new();
+    for _ in &classes {
+        openers.push(Opener::new(host.sysfs.clone()));
+    }
+    // Everything that can be wrong with any group is said before one is attached.
+    for ((_, members), opener) in classes.iter().zip(&mut openers) {
+        for bdf in members {
+            opener.group(*bdf)?;
+        }
     }
     // All groups join before anything is mapped, so that no container's ranges shrink later.
+    let mut spaces = Vec::new();
     let mut containers: Vec<Arc<Container>> = Vec::new();
-    let mut places = Vec::new();
-    for bdf in functions {
-        let container = opener.container(*bdf)?;
-        let known = containers.iter().position(|c| Arc::ptr_eq(c, &container));
-        places.push(known.unwrap_or(containers.len()));
-        if known.is_none() {
+    for ((filter, members), opener) in classes.iter().zip(&mut openers) {
+        for bdf in members {
+            let container = opener.container(*bdf)?;
+            if containers
+                .iter()
+                .any(|known| Arc::ptr_eq(known, &container))
+            {
+                continue;
+            }
+            spaces.push(Space {
+                name: format!("container {}", containers.len()),
+                filter: filter.clone(),
+                target: Box::new(target(Arc::clone(&container))),
+            });
             containers.push(container);
         }
     }
-    let mut opened: Vec<(Arc<dyn HostFunction>, usize)> = Vec::new();
-    for (bdf, place) in functions.iter().zip(places) {
+    let mut functions = Vec::new();
+    for (bdf, place) in host.functions.iter().zip(places) {
+        let Some(opener) = openers.get_mut(place) else {
+            continue;
+        };
+        let container = opener.container(*bdf)?;
+        let space = containers.iter().position(|c| Arc::ptr_eq(c, &container));
         let device = opener.device(*bdf)?;
-        let is_virtual = Sysfs::default().function_path(*bdf).join("physfn").exists();
-        let function = VfioFunction::new(bdf.to_string(), device)?.of_virtual_function(is_virtual);
-        opened.push((Arc::new(function), place));
-    }
-    let mut targets: Vec<Box<dyn DmaTarget>> = Vec::new();
-    let mut allowed: Option<Vec<IovaRange>> = None;
-    for container in containers {
-        let target = target(container);
-        let limits: TargetLimits = target
-            .limits()
-            .context("the kernel does not tell what the IOMMU can map")?;
-        allowed = Some(match allowed {
-            None => limits.allowed,
-            Some(before) => common(&before, &limits.allowed),
+        let function: Arc<dyn HostFunction> = host.function(*bdf, device)?;
+        functions.push(PartFunction {
+            host: function,
+            space: space.unwrap_or_default(),
         });
-        targets.push(Box::new(target));
     }
-    Ok(Parts {
-        targets,
-        functions: opened,
-        allowed: allowed.unwrap_or_default(),
-        ram: Backing::new(Ram::memfd(c"throughway-ram", memory)?),
-        page: Backing::new(Ram::memfd(
-            c"throughway-control",
-            GRANULE.max(host_memory::page_size()),
-        )?),
-    })
+    Ok(Opened { spaces, functions })
 }
 
 #[expect(unsafe_code, reason = "what the container maps must be real memory")]
