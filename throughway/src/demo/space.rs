@@ -102,14 +102,16 @@ impl Spaces {
     )]
     pub fn target(&self, space: &Space) -> Box<dyn DmaTarget> {
         match &space.behind {
-            // SAFETY: the container is simulated: host addresses are looked up in a table and
-            // never followed, so no backing can give a wrong one.
             Behind::Container(container) => {
-                Box::new(unsafe { Type1Target::new(container.clone()) })
+                // SAFETY: the container is simulated: host addresses are looked up in a table and
+                // never followed, so no backing can give a wrong one.
+                let target = unsafe { Type1Target::new(container.clone()) };
+                Box::new(target)
             }
-            // SAFETY: the same; and its files are never written.
             Behind::Ioas(ioas) => {
-                Box::new(unsafe { IoasTarget::new(ioas.clone(), self.copies.clone()) })
+                // SAFETY: the address space is simulated, as above, and writes to no file.
+                let target = unsafe { IoasTarget::new(ioas.clone(), self.copies.clone()) };
+                Box::new(target)
             }
         }
     }

@@ -96,7 +96,7 @@ fn best<W: Ways>(ways: &mut W) -> Result<(W::Opened, Kind, String)> {
         Ok(opened) => Ok((
             opened,
             Kind::Type1,
-            format!("iommufd does not do: {without:#}"),
+            format!("iommufd is not to be had: {without:#}"),
         )),
         Err(error) if without.is::<BarNotExported>() => {
             let opened = ways.iommufd(false)?;
@@ -107,7 +107,7 @@ fn best<W: Ways>(ways: &mut W) -> Result<(W::Opened, Kind, String)> {
             Ok((opened, Kind::Iommufd, because))
         }
         Err(error) => Err(anyhow!(
-            "{error:#}\niommufd does not do either: {without:#}"
+            "{error:#}\niommufd is not to be had either: {without:#}"
         )),
     }
 }
@@ -192,7 +192,7 @@ mod tests {
         let iommufd = Err("no cdev");
         let choice = chosen(Iommu::Auto, Host { iommufd, ..GOOD });
         assert_eq!(choice.chosen, Kind::Type1);
-        assert_eq!(choice.because, "iommufd does not do: no cdev");
+        assert_eq!(choice.because, "iommufd is not to be had: no cdev");
         let bars = Err("BAR0 is not exported");
         let choice = chosen(Iommu::Auto, Host { bars, ..GOOD });
         assert_eq!(choice.chosen, Kind::Type1);
