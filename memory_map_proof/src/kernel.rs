@@ -152,9 +152,9 @@ pub struct State {
     pub fired: Vec<(CallKind, Fault)>,
     /// Backings whose host address was refused in this step.
     pub host_failures: Vec<u64>,
-    /// Mappings of this step that were revoked while they were made: of which table, where, and in
-    /// which epoch.
-    pub revoked: Vec<(usize, u64, Epoch)>,
+    /// Mappings of this step that were revoked while they were made: of which table, where, of which
+    /// backing, and in which epoch.
+    pub revoked: Vec<(usize, u64, BackingId, Epoch)>,
     /// Map calls in this step.
     pub maps: u64,
     /// Unmap calls in this step.
@@ -270,12 +270,13 @@ impl State {
     #[must_use]
     pub fn left_revoked(&self) -> Option<String> {
         let mut revoked = self.revoked.iter();
-        let left = revoked.find(|(number, start, epoch)| {
+        let left = revoked.find(|(number, start, backing, epoch)| {
             let table = &self.tables[*number];
             let mapping = table.mappings.get(start);
-            !table.dead && mapping.is_some_and(|mapping| mapping.epoch == *epoch)
+            let as_made = |m: &Mapping| m.to.backing == *backing && m.epoch == *epoch;
+            !table.dead && mapping.is_some_and(as_made)
         });
-        left.map(|(number, start, _)| {
+        left.map(|(number, start, ..)| {
             format!("table {number}: revoked while it was made, and left at {start:#x}")
         })
     }
@@ -401,7 +402,8 @@ impl State {
         match fault {
             None => Ok(()),
             Some(Fault::RevokedMeanwhile) => {
-                self.revoked.push((number, start, backing.epoch()));
+                let revoked = (number, start, backing.id(), backing.epoch());
+                self.revoked.push(revoked);
                 backing.advance_epoch();
                 self.epochs.insert(backing.id(), backing.epoch());
                 Ok(())
