@@ -186,21 +186,23 @@ impl Commit<'_, '_> {
     /// more; what cannot be taken down stays alive for ever.
     pub(crate) fn tear_down(&mut self, id: TargetId, mut target: Target) {
         let spans = target.limits.unmap_spans && target.quarantined.is_none();
-        let mut next = Some(0);
-        while let Some(from) = next {
-            let mut run: Vec<u64> = Vec::new();
-            let mut end = None;
-            for (at, entry) in target.ledger.entries.starting_from(from) {
-                let goes_on = spans && end == Some(at);
-                if !(run.is_empty() || goes_on) {
-                    break;
-                }
+        // From the top, because a ledger gives up its last entry more easily than its first.
+        let mut highest = Some(u64::MAX);
+        while let Some(from) = highest {
+            let entries = &target.ledger.entries;
+            let Some((top, entry)) = entries.at_or_below(from) else {
+                break;
+            };
+            let (mut start, last) = (top, entry.last);
+            let mut run = vec![top];
+            while let Some((at, below)) = entries.below(start).filter(|_| spans)
+                && below.last.checked_add(1) == Some(start)
+            {
                 run.push(at);
-                end = entry.last.checked_add(1);
+                start = at;
             }
-            let Some(&start) = run.first() else { break };
-            let range = iova(start, end.map_or(u64::MAX, |end| end.wrapping_sub(1)));
-            next = end;
+            let range = iova(start, last);
+            highest = start.checked_sub(1);
             // What is still in the ledger is never dropped, whatever happens in this call.
             let outcome = target.driver.lock().even_if_stopped().unmap(range);
             match outcome {
