@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use contract::iommufd::{Case, RealHost, cases, run};
+use contract::iommufd::{Case, RealHost, cases, resetting_cases, run};
 use contract::report;
 use vfio_sys::Bdf;
 
@@ -19,6 +19,10 @@ struct Arguments {
     engine: Bdf,
     /// A function with a memory BAR of at least 64 KiB: QEMU's ivshmem-plain.
     memory: Bdf,
+    /// Also the cases for which MEMORY must be such that it can be reset, by itself and through its
+    /// config space, and put to sleep: QEMU's nvme with cmb_size_mb=16, behind a pcie-root-port.
+    #[arg(long)]
+    resets: bool,
     /// One JSON object instead of lines.
     #[arg(long)]
     json: bool,
@@ -29,13 +33,17 @@ struct Arguments {
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
-    let chosen = |case: &Case| case.name.contains(&arguments.filter);
+    let mut chosen = cases();
+    if arguments.resets {
+        chosen.extend(resetting_cases());
+    }
+    chosen.retain(|case: &Case| case.name.contains(&arguments.filter));
     anyhow::ensure!(
-        cases().iter().any(chosen),
+        !chosen.is_empty(),
         "no case has {:?} in its name",
         arguments.filter
     );
     let host = RealHost::new(arguments.engine, arguments.memory);
-    let status = report(arguments.json, |tell| run(&host, &arguments.filter, tell))?;
+    let status = report(arguments.json, |tell| run(&host, &chosen, tell))?;
     Ok(status)
 }

@@ -12,14 +12,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use assigned_pci::{BarIndex, HostFunction};
-use contract::iommufd::{Bench, Function, IommufdHost, run};
+use contract::iommufd::{Bench, Function, IommufdHost, cases, resetting_cases, run};
 use contract::{CaseResult, Window};
 use dma_engine::{DmaEngine, find_engine};
 use iommu::IoAddressSpace;
 use memory_map::{Access, Backing, BackingObject, HostMapping, HostVa, IovaRange};
 use sim_host::{
-    BrokenTranslation, Call, CallPoint, FunctionSpec, GroupId, SimBarArea, SimFunction, SimHost,
-    SimIoas, SimIommufd, SimRam,
+    BrokenTranslation, Call, CallPoint, FunctionSpec, GroupId, PowerManagement, SimBarArea,
+    SimFunction, SimHost, SimIoas, SimIommufd, SimRam,
 };
 
 const RAM_SIZE: u64 = 0x4_0000;
@@ -65,7 +65,10 @@ impl IommufdHost for Sim {
     fn bench(&self) -> io::Result<Box<dyn Bench>> {
         let host = SimHost::default();
         let mut edu = FunctionSpec::edu("0000:00:05.0").with_command(6);
-        let mut peer = FunctionSpec::shared_memory("0000:00:06.0", BAR_SIZE).with_command(6);
+        let mut peer = FunctionSpec::shared_memory("0000:00:06.0", BAR_SIZE)
+            .with_command(6)
+            .with_power_management(PowerManagement::NoSoftReset)
+            .with_express_flr();
         if self.one_group {
             edu = edu.in_group(GroupId(1));
             peer = peer.in_group(GroupId(1));
@@ -219,6 +222,10 @@ impl Bench for SimBench {
         self.peer.bar_write(BAR, offset, &data)
     }
 
+    fn memory(&self) -> Arc<dyn HostFunction> {
+        Arc::clone(&self.peer) as Arc<dyn HostFunction>
+    }
+
     fn set_decoding(&self, on: bool) -> io::Result<()> {
         let command: u16 = if on { 6 } else { 4 };
         self.peer.config_write(4, &command.to_le_bytes())
@@ -249,7 +256,8 @@ impl Drop for Unlimited {
 }
 
 fn results(sim: &Sim) -> Vec<CaseResult> {
-    run(sim, "", |_| ())
+    let all: Vec<_> = cases().into_iter().chain(resetting_cases()).collect();
+    run(sim, &all, |_| ())
 }
 
 fn failures(results: &[CaseResult]) -> Vec<String> {

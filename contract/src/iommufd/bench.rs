@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use assigned_pci::HostFunction;
 use dma_engine::DmaEngine;
 use iommu::IoAddressSpace;
 use memory_map::{Access, Backing, HostVa, IovaRange};
@@ -126,6 +127,11 @@ pub trait Bench {
     /// # Errors
     /// As [`HostFunction::bar_write`](assigned_pci::HostFunction::bar_write).
     fn bar_write(&self, offset: u64, data: [u8; 8]) -> io::Result<()>;
+
+    /// The function with the BAR. It can be reset, and put to sleep, if [`resetting_cases`] are tried.
+    ///
+    /// [`resetting_cases`]: super::resetting_cases
+    fn memory(&self) -> Arc<dyn HostFunction>;
 
     /// Has the function with the BAR decode memory, or not.
     ///

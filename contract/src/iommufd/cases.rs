@@ -7,7 +7,7 @@ use memory_map::{Access, IovaRange};
 
 use super::{
     Bench, Function, IommufdHost, address_cases, attach_cases, copy_cases, dma_buf_cases,
-    dma_cases, limit_cases, map_cases, target_cases, unmap_cases,
+    dma_cases, limit_cases, map_cases, reset_cases, target_cases, unmap_cases,
 };
 use crate::cases::PAGE;
 use crate::verdict::{granted, same};
@@ -31,7 +31,7 @@ macro_rules! cases {
     };
 }
 
-/// All cases, in the order in which they are run.
+/// All cases but [`resetting_cases`], in the order in which they are run.
 #[must_use]
 pub fn cases() -> Vec<Case> {
     cases![
@@ -146,16 +146,27 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-/// Tries all cases whose names contain `filter`, each on a fresh iommufd, and tells of each as
-/// soon as it has ended.
+/// The cases for which the function with the BAR must be such that it can be reset, by itself and
+/// through its config space, and put to sleep.
+#[must_use]
+pub fn resetting_cases() -> Vec<Case> {
+    cases![
+        reset_cases::a_mapping_is_dead_after_a_reset,
+        reset_cases::a_mapping_is_dead_after_a_function_level_reset,
+        reset_cases::a_mapping_is_dead_after_sleep,
+        reset_cases::a_sleeping_functions_bar_is_enodev,
+        reset_cases::a_reset_without_decoding_leaves_the_bar_revoked,
+    ]
+}
+
+/// Tries `cases`, each on a fresh iommufd, and tells of each as soon as it has ended.
 pub fn run(
     host: &dyn IommufdHost,
-    filter: &str,
+    cases: &[Case],
     mut tell: impl FnMut(&CaseResult),
 ) -> Vec<CaseResult> {
-    cases()
-        .into_iter()
-        .filter(|case| case.name.contains(filter))
+    cases
+        .iter()
         .map(|case| {
             let verdict = match host.bench() {
                 Ok(mut bench) => (case.run)(&mut *bench),

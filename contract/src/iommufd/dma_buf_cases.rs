@@ -11,10 +11,10 @@ use crate::cases::{AT, PAGE, pages, range};
 use crate::verdict::{granted, other, refused, same};
 
 /// Where the cases map the BAR.
-const BAR: u64 = 32;
+pub(crate) const BAR: u64 = 32;
 
 /// Tries to map the BAR's first pages there.
-fn map_bar(bench: &dyn Bench, ioas: &Space, count: u64) -> Result<(), crate::Complaint> {
+pub(crate) fn map_bar(bench: &dyn Bench, ioas: &Space, count: u64) -> Result<(), crate::Complaint> {
     granted(ioas.map_file(pages(BAR, count)?, bench.dma_buf(), 0, Access::ReadWrite))
 }
 
@@ -26,7 +26,7 @@ fn blink(bench: &dyn Bench) -> Verdict {
 
 /// Has the engine write the text to the BAR's first bytes, through what is mapped of it, and tells
 /// what is there then.
-fn write_to_bar(bench: &mut dyn Bench) -> Result<[u8; 8], crate::Complaint> {
+pub(crate) fn write_to_bar(bench: &mut dyn Bench) -> Result<[u8; 8], crate::Complaint> {
     bench.bar_write(0, OTHER)?;
     bench.engine().load(iova(0), 8)?;
     bench.engine().store(iova(BAR), 8)?;

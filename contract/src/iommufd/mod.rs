@@ -10,9 +10,10 @@ mod dma_cases;
 mod limit_cases;
 mod map_cases;
 mod real;
+mod reset_cases;
 mod target_cases;
 mod unmap_cases;
 
 pub use bench::{Bench, Function, IommufdHost};
-pub use cases::{Case, cases, run};
+pub use cases::{Case, cases, resetting_cases, run};
 pub use real::RealHost;

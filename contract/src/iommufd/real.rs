@@ -301,6 +301,10 @@ impl Bench for RealBench {
         self.memory.bar_write(self.bar_index, offset, &data)
     }
 
+    fn memory(&self) -> Arc<dyn HostFunction> {
+        Arc::clone(&self.memory) as Arc<dyn HostFunction>
+    }
+
     fn set_decoding(&self, on: bool) -> io::Result<()> {
         set_command(&self.memory, if on { MEMORY | MASTER } else { MASTER })
     }
