@@ -335,9 +335,12 @@ impl World {
         self.kernel.begin(fault.as_slice());
         let error = self.act(op, shapes);
         let calls = self.kernel.state().log.clone();
-        if let Some(violation) = self.kernel.state().violations.first() {
-            return Err(violation.clone());
+        let state = self.kernel.state();
+        let violation = state.violations.first().cloned();
+        if let Some(violation) = violation.or_else(|| state.left_revoked()) {
+            return Err(violation);
         }
+        drop(state);
         let dead = (self.targets.iter().flatten())
             .any(|target| self.kernel.state().tables[target.table].dead);
         if let (Some(error), Some(before)) = (&error, before) {
