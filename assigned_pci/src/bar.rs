@@ -276,11 +276,6 @@ impl Bar {
         self.transition = (sized != 0 && self.kind.is_memory()).then_some(self.lanes() & !sized);
     }
 
-    /// Decoding has been turned off: what has been written so far may be seen as an address.
-    pub(crate) fn stop_decoding(&mut self) {
-        self.transition = None;
-    }
-
     /// Back to the state at power-on.
     pub(crate) fn reset(&mut self) {
         self.written = 0;

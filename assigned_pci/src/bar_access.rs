@@ -53,12 +53,14 @@ impl AssignedFunction {
         refused
     }
 
-    /// The size of a BAR that answers: an I/O BAR, for which the host's side decides, or a memory
-    /// BAR while decoding is on.
+    /// The size of a BAR that answers: while the function is awake, an I/O BAR, for which the host's
+    /// side decides, and a memory BAR if decoding is on.
     fn decoded_size(&self, bar: BarIndex) -> Option<u64> {
-        let state = self.state.lock();
+        let state = self.lock();
         let assigned = state.bars.iter().find(|a| a.bar.index() == bar)?;
-        let answers = !state.removed && (state.decoding || !assigned.bar.kind().is_memory());
+        let answers = !state.removed
+            && state.power.is_awake()
+            && (state.decoding || !assigned.bar.kind().is_memory());
         answers.then(|| assigned.bar.size())
     }
 }

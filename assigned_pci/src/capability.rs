@@ -25,6 +25,12 @@ pub struct Capability {
 }
 
 impl Capability {
+    /// The id of power management in the standard list (PCI Bus Power Management Interface 1.2).
+    pub const POWER_MANAGEMENT: u16 = 0x01;
+    /// The id of PCI Express in the standard list (PCI Express Base 6.0, 7.5.3).
+    pub const EXPRESS: u16 = 0x10;
+    /// The id of advanced features in the standard list (PCI 3.0 ECN "Advanced Capabilities").
+    pub const ADVANCED_FEATURES: u16 = 0x13;
     /// The id of MSI-X in the standard list (PCI Local Bus 3.0, 6.8.2).
     pub const MSIX: u16 = 0x11;
 }

@@ -12,6 +12,13 @@
 //!   exported of the BARs, so their revocation epoch advances; as nothing is mapped any more, that
 //!   takes nothing down. A physical write that fails leaves decoding off for the guest all the
 //!   same.
+//!
+//! A virtual function has no memory space bit of its own (PCI Express Base 6.0, 9.3.4.1.3): it
+//! decodes as long as its physical function lets it, and the kernel makes the bit up. It revokes by
+//! what is written all the same, so each write to a virtual function's command register counts as
+//! revoking: the BARs leave the map before it and come back after it.
+//!
+//! A function that sleeps takes the bit, and decodes when it is awake.
 
 use memory_map::DisabledBecause;
 
@@ -47,6 +54,21 @@ impl Command {
         self.0 & (Self::IO | Self::MEMORY | Self::BUS_MASTER) == 0
     }
 
+    /// Whether it answers to memory addresses.
+    pub(crate) const fn decodes_memory(self) -> bool {
+        self.0 & Self::MEMORY != 0
+    }
+
+    /// Whether it may start transactions.
+    pub(crate) const fn masters_bus(self) -> bool {
+        self.0 & Self::BUS_MASTER != 0
+    }
+
+    /// The same with bus mastering off.
+    pub(crate) const fn without_bus_master(self) -> Self {
+        Self(self.0 & !Self::BUS_MASTER)
+    }
+
     /// The same with the memory space bit as the guest is to see it.
     pub(crate) const fn with_memory(self, decoding: bool) -> Self {
         if decoding {
@@ -75,22 +97,22 @@ impl AssignedFunction {
             // The upper byte alone: the bit stays as it is.
             _ => state.decoding,
         };
-        if decode {
-            if self.write_host(offset, data, outcome) {
-                state.decoding = true;
-                for assigned in &mut state.bars {
-                    assigned.bar.settle();
-                }
-                self.sync(state, DisabledBecause::DecodingOff, outcome);
-            }
-        } else {
+        // On the way up only a virtual function's mappings are at stake.
+        let down = (!decode || self.host.is_virtual())
+            .then(|| self.take_down(state, DisabledBecause::DecodingOff, outcome));
+        if !decode {
             state.decoding = false;
-            for assigned in &mut state.bars {
-                assigned.bar.stop_decoding();
+        }
+        let written = self.write_host(offset, data, outcome);
+        if decode && written {
+            state.decoding = true;
+            if state.decodes() {
+                state.settle();
             }
-            self.sync(state, DisabledBecause::DecodingOff, outcome);
-            self.write_host(offset, data, outcome);
-            self.revoke(state, outcome);
+        }
+        match down {
+            Some(down) => self.bring_back(state, down, outcome),
+            None => self.sync(state, false, outcome),
         }
     }
 }

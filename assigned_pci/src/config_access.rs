@@ -1,14 +1,15 @@
 //! The guest's accesses to config space.
 //!
 //! What is intercepted: the memory space bit of the command register, the six base address
-//! registers, and the expansion ROM's, which is hidden. Everything else goes to the host's side
-//! and is what that makes of it.
+//! registers, the expansion ROM's, which is hidden, and the registers with which the guest puts the
+//! function to sleep or resets it. Everything else goes to the host's side and is what that makes
+//! of it.
 
 use crate::command::Command;
 use crate::config_space::{BARS, BARS_END, COMMAND, ROM, ROM_END, STATUS, is_access};
+use crate::controls::Request;
 use crate::function::State;
 use crate::{AssignedFunction, HostCall, HostError, Outcome};
-use memory_map::DisabledBecause;
 
 impl AssignedFunction {
     /// The guest reads `data.len()` bytes at `offset` of config space: 1, 2 or 4, naturally
@@ -19,7 +20,7 @@ impl AssignedFunction {
         if !is_access(offset, data.len(), self.config_size) {
             return None;
         }
-        let state = self.state.lock();
+        let state = self.lock();
         if state.removed {
             return None;
         }
@@ -57,7 +58,7 @@ impl AssignedFunction {
         if !is_access(offset, data.len(), self.config_size) {
             return outcome;
         }
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         if state.removed {
             return outcome;
         }
@@ -65,12 +66,21 @@ impl AssignedFunction {
             COMMAND..STATUS => self.write_command(&mut state, offset, data, &mut outcome),
             BARS..BARS_END => {
                 state.write_bar(offset, data);
-                self.sync(&mut state, DisabledBecause::DecodingOff, &mut outcome);
+                self.sync(&mut state, false, &mut outcome);
             }
             ROM..ROM_END => {}
-            _ => {
-                self.write_host(offset, data, &mut outcome);
-            }
+            _ => match self.controls.request(offset, data) {
+                Some(Request::Power(control, wanted)) => {
+                    let write = (offset, data);
+                    self.write_power(&mut state, (control, wanted), write, &mut outcome);
+                }
+                Some(Request::Reset) => {
+                    self.reset_by_write(&mut state, (offset, data), &mut outcome);
+                }
+                None => {
+                    self.write_host(offset, data, &mut outcome);
+                }
+            },
         }
         outcome
     }
@@ -101,7 +111,7 @@ impl State {
         let Some((register, byte)) = register_at(offset) else {
             return;
         };
-        let decoding = self.decoding;
+        let decoding = self.decodes();
         for assigned in &mut self.bars {
             if let Some(lane) = assigned.bar.lane_of(register) {
                 assigned

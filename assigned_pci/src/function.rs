@@ -7,23 +7,28 @@
 //! # Locks
 //! One mutex for each function, held for a whole access to config space, so that writes take
 //! effect one after the other, as on the bus. It is taken before the map's locks and never the
-//! other way round: whoever is called *by* the map (a target, a cut-off, one who watches) must not
-//! call an `AssignedFunction`, only a [`HostFunction`]. Whoever takes several functions' locks
-//! takes them in the order of their names; nothing here takes more than one. No lock of the map is
-//! held across a call to the host.
+//! other way round: whoever is called *by* the map (a target, one who watches) must not call an
+//! `AssignedFunction`, only a [`HostFunction`]. A cut-off may call
+//! [`AssignedFunction::cut_off`], which waits for no function's lock, and nothing else. Whoever
+//! takes several functions' locks takes them in the order of their names, as a
+//! [`ResetSet`](crate::ResetSet) does. No lock of the map is held across a call to the host.
 //!
-//! Reads and writes of BARs hold no lock.
+//! Reads and writes of BARs hold no lock while the host carries them out.
 
 use std::fmt;
 use std::sync::Arc;
 
-use memory_map::{Backing, DisabledBecause, Gpa, Priority, RegionId, RegionManager};
-use parking_lot::Mutex;
+use memory_map::{DisabledBecause, Gpa, Priority, RegionId, RegionManager};
 
 use crate::bar::{Bar, BarKind};
-use crate::command::Command;
-use crate::config_space::{COMMAND, CONVENTIONAL_SIZE, ConfigReader, EXPRESS_SIZE};
+use crate::config_space::{CONVENTIONAL_SIZE, ConfigReader, EXPRESS_SIZE};
+use crate::controls::Controls;
+use crate::cut_off::Aftermath;
 use crate::discovery::{bar_error, quiesce, read_bars, read_ids, region};
+use crate::guarded_host::GuardedHost;
+use crate::power::PowerState;
+use crate::shown::{AssignedBar, Shown};
+use crate::sync::Mutex;
 use crate::{
     BarIndex, Capability, FunctionError, HostCall, HostError, HostFunction, Msix, Outcome,
     capability, mappable,
@@ -83,13 +88,18 @@ pub struct CpuAccess {
 
 /// One assigned PCI function. See the [crate's documentation](crate) for what it intercepts.
 pub struct AssignedFunction {
+    /// The guard, as everybody but the cut-off sees it.
     pub(crate) host: Arc<dyn HostFunction>,
+    pub(crate) guard: Arc<GuardedHost>,
     pub(crate) config_size: u16,
+    pub(crate) map: RegionManager,
+    pub(crate) controls: Controls,
+    pub(crate) aftermath: Aftermath,
     name: String,
-    map: RegionManager,
     vendor_device: VendorDevice,
     capabilities: Vec<Capability>,
     msix: Option<Msix>,
+    /// Taken through [`AssignedFunction::lock`] only.
     pub(crate) state: Mutex<State>,
 }
 
@@ -100,25 +110,12 @@ pub(crate) struct State {
     /// Whether the guest sees memory decoding on. Off as soon as the guest asks for that; on only
     /// when the physical register is.
     pub(crate) decoding: bool,
+    /// As the physical register said when it was last written.
+    pub(crate) power: PowerState,
+    /// While the host is asked for something that revokes: why no BAR may be seen.
+    pub(crate) held: Option<DisabledBecause>,
     /// Whether the function has been taken out of the guest.
     pub(crate) removed: bool,
-}
-
-/// A BAR's register beside what the map was told last.
-#[derive(Debug)]
-pub(crate) struct AssignedBar {
-    pub(crate) bar: Bar,
-    backings: Vec<Backing>,
-    shown: Option<Shown>,
-}
-
-/// What the map was told last of a memory BAR.
-#[derive(Debug, Clone, Copy)]
-struct Shown {
-    region: RegionId,
-    at: u64,
-    /// None: enabled.
-    down: Option<DisabledBecause>,
 }
 
 impl AssignedFunction {
@@ -152,9 +149,17 @@ impl AssignedFunction {
         let bars: Vec<Bar> = found.iter().map(|(bar, _)| bar.clone()).collect();
         let msix = Msix::read(&config, &capabilities, &bars)?;
 
+        let controls = Controls::read(&config, &capabilities)?;
+        let power = match controls.power {
+            Some(power) => PowerState::from_register(config.u8(power.at)?),
+            None => PowerState::D0,
+        };
+
         let mut state = State {
             bars: Vec::new(),
             decoding: false,
+            power,
+            held: None,
             removed: false,
         };
         let mut change = map.change();
@@ -174,11 +179,15 @@ impl AssignedFunction {
                     }
                 })?;
                 let region = change.add(spec);
-                change.disable(region, DisabledBecause::DecodingOff);
+                let down = match power.is_awake() {
+                    true => DisabledBecause::DecodingOff,
+                    false => DisabledBecause::Sleeping,
+                };
+                change.disable(region, down);
                 shown = Some(Shown {
                     region,
                     at: bar.address(),
-                    down: Some(DisabledBecause::DecodingOff),
+                    down: Some(down),
                 });
             }
             state.bars.push(AssignedBar {
@@ -196,14 +205,18 @@ impl AssignedFunction {
             function: name.clone(),
             error,
         })?;
+        let guard = Arc::new(GuardedHost::new(host));
         Ok(Self {
+            host: guard.clone(),
+            guard,
             config_size,
+            controls,
+            aftermath: Aftermath::default(),
             name,
             vendor_device,
             capabilities,
             msix,
             state: Mutex::new(state),
-            host,
             map,
         })
     }
@@ -220,7 +233,9 @@ impl AssignedFunction {
         self.vendor_device
     }
 
-    /// The host's side of the function.
+    /// The host's side of the function, behind the guard that holds bus mastering off once the
+    /// function has been [cut off](Self::cut_off). Whoever drives the device on the host's side
+    /// should do it through this.
     #[must_use]
     pub fn host(&self) -> &Arc<dyn HostFunction> {
         &self.host
@@ -241,14 +256,14 @@ impl AssignedFunction {
     /// Its BARs, as they are now, by index. The upper half of a 64-bit one is not listed.
     #[must_use]
     pub fn bars(&self) -> Vec<BarInfo> {
-        let state = self.state.lock();
+        let state = self.lock();
         state.bars.iter().map(AssignedBar::info).collect()
     }
 
     /// The region of a memory BAR, if there is such a BAR.
     #[must_use]
     pub fn region_of(&self, bar: BarIndex) -> Option<RegionId> {
-        let state = self.state.lock();
+        let state = self.lock();
         let assigned = state.bars.iter().find(|a| a.bar.index() == bar)?;
         assigned.shown.map(|shown| shown.region)
     }
@@ -256,7 +271,7 @@ impl AssignedFunction {
     /// The BAR of a region, if the region is one of this function's.
     #[must_use]
     pub fn bar_of(&self, region: RegionId) -> Option<BarIndex> {
-        let state = self.state.lock();
+        let state = self.lock();
         let mut bars = state.bars.iter();
         bars.find(|a| a.shown.is_some_and(|shown| shown.region == region))
             .map(|a| a.bar.index())
@@ -267,8 +282,8 @@ impl AssignedFunction {
     /// it is visible from now on. A BAR that is being sized stays down.
     #[must_use = "what it did to the map should not be lost"]
     pub fn cpu_access(&self, gpa: Gpa) -> Option<CpuAccess> {
-        let mut state = self.state.lock();
-        if state.removed || !state.decoding {
+        let mut state = self.lock();
+        if state.removed || !state.decodes() {
             return None;
         }
         let (bar, offset) = state.bars.iter_mut().find_map(|assigned| {
@@ -284,7 +299,7 @@ impl AssignedFunction {
             Some((bar.index(), offset))
         })?;
         let mut outcome = Outcome::default();
-        self.sync(&mut state, DisabledBecause::DecodingOff, &mut outcome);
+        self.sync(&mut state, false, &mut outcome);
         Some(CpuAccess {
             bar,
             offset,
@@ -292,39 +307,11 @@ impl AssignedFunction {
         })
     }
 
-    /// Resets the function, and its emulated state to that at power-on: nothing decoded, all BARs
-    /// at 0.
-    ///
-    /// In this order: the BARs leave the map; the host resets the function; decoding and bus
-    /// mastering are turned off in the physical command register, which the host may have
-    /// restored; what was mapped from the BARs counts as revoked, whatever the host said, for a
-    /// reset that fails may have revoked it all the same.
-    pub fn reset(&self) -> Outcome {
-        let mut outcome = Outcome::default();
-        let mut state = self.state.lock();
-        if state.removed {
-            return outcome;
-        }
-        state.decoding = false;
-        self.sync(&mut state, DisabledBecause::Resetting, &mut outcome);
-        if let Err(error) = self.host.reset() {
-            let error = HostError::new(HostCall::Reset, &error);
-            outcome.host_errors.push(error);
-        }
-        self.write_host(COMMAND, &Command::OFF.to_bytes(), &mut outcome);
-        for assigned in &mut state.bars {
-            assigned.bar.reset();
-        }
-        self.sync(&mut state, DisabledBecause::DecodingOff, &mut outcome);
-        self.revoke(&state, &mut outcome);
-        outcome
-    }
-
     /// Takes the function out of the guest: its regions leave the map. From then on config space
     /// reads all ones and everything written is ignored. A second call does nothing.
     pub fn remove(&self) -> Outcome {
         let mut outcome = Outcome::default();
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         if state.removed {
             return outcome;
         }
@@ -351,64 +338,11 @@ impl AssignedFunction {
         outcome
     }
 
-    /// Whether the guest sees memory decoding on.
+    /// Whether memory accesses are answered: the guest has turned memory decoding on, and the
+    /// function is awake.
     #[must_use]
     pub fn is_decoding(&self) -> bool {
-        self.state.lock().decoding
-    }
-
-    /// Makes the map show what the registers say, in one commit, or in none if it does already.
-    /// `down` is what a BAR's reach says while the function does not decode.
-    pub(crate) fn sync(&self, state: &mut State, down: DisabledBecause, outcome: &mut Outcome) {
-        let mut change = self.map.change();
-        let mut wanted = Vec::new();
-        for assigned in &mut state.bars {
-            let Some(shown) = &mut assigned.shown else {
-                continue;
-            };
-            let want = Shown {
-                region: shown.region,
-                at: assigned.bar.address(),
-                down: match (state.decoding, assigned.bar.is_placed()) {
-                    (true, true) => None,
-                    (true, false) => Some(DisabledBecause::HalfWritten),
-                    (false, _) => Some(down),
-                },
-            };
-            let moves = want.at != shown.at;
-            let turns = want.down != shown.down;
-            if moves {
-                change.move_to(want.region, Gpa::new(want.at));
-            }
-            match want.down {
-                Some(because) if turns => change.disable(want.region, because),
-                None if turns => change.enable(want.region),
-                _ => {}
-            }
-            if moves || turns {
-                wanted.push((shown, want));
-            }
-        }
-        // Where the map refuses, it is as it was, and the next access tries again.
-        if !wanted.is_empty() && outcome.record(change.commit_guest()) {
-            for (shown, want) in wanted {
-                *shown = want;
-            }
-        }
-    }
-
-    /// Says to the map that the kernel may have revoked what was mapped from the BARs. They are
-    /// down, so that this takes down and makes again only what others mapped from them.
-    pub(crate) fn revoke(&self, state: &State, outcome: &mut Outcome) {
-        let mut change = self.map.change();
-        let mut any = false;
-        for backing in state.bars.iter().flat_map(|assigned| &assigned.backings) {
-            change.revoke(backing);
-            any = true;
-        }
-        if any {
-            outcome.record(change.commit_guest());
-        }
+        self.lock().decodes()
     }
 
     /// Writes the host's config space and tells whether the host took it.
@@ -419,19 +353,6 @@ impl AssignedFunction {
             outcome.host_errors.push(error);
         }
         written.is_ok()
-    }
-}
-
-impl AssignedBar {
-    fn info(&self) -> BarInfo {
-        BarInfo {
-            index: self.bar.index(),
-            kind: self.bar.kind(),
-            size: self.bar.size(),
-            address: self.bar.address(),
-            region: self.shown.map(|shown| shown.region),
-            enabled: self.shown.is_some_and(|shown| shown.down.is_none()),
-        }
     }
 }
 

@@ -98,4 +98,10 @@ pub trait HostFunction: Send + Sync + fmt::Debug {
     /// # Errors
     /// `ENOTTY` where the function has no reset; else the kernel's errno.
     fn reset(&self) -> io::Result<()>;
+
+    /// Whether it is a virtual function (SR-IOV), which decodes memory whatever its command
+    /// register says.
+    fn is_virtual(&self) -> bool {
+        false
+    }
 }

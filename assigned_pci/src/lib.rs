@@ -19,9 +19,33 @@
 //! The guest cannot make a call fail: what it does is answered as hardware would answer it, and
 //! what the host or the map said to it is in the [`Outcome`].
 //!
-//! What this crate does not do: interrupts, the expansion ROM (hidden), I/O ports (the registers
-//! of I/O BARs are emulated, nothing follows from them), and power states and resets that the
-//! guest reaches through capabilities, which go to the host as they are.
+//! # What may kill a mapping
+//! The kernel revokes what was mapped from a function's BARs at the events below, says so to
+//! nobody, and does it even where the event then fails. So all of them are intercepted, and each is
+//! done in the same order: the BARs leave the map in one commit, and their reach says why; the host
+//! is asked; the BARs' revocation epochs advance, whatever the host said, and what decodes now is
+//! mapped anew, in one commit. No lock of the map is held while the host is asked.
+//!
+//! | event | the reach says meanwhile | the host is asked to | then |
+//! |---|---|---|---|
+//! | memory decoding off | `DecodingOff` | write the command register | the BARs stay out |
+//! | memory decoding on | `DecodingOff` | write the command register, *before* anything | the BARs come, without a revocation |
+//! | any command write to a virtual function | `DecodingOff` | write it | what decodes is mapped anew |
+//! | D1, D2, D3hot | `Sleeping` | write PMCSR; it is read back | they stay out, unless the function is still awake |
+//! | back to D0 | `Sleeping` | write PMCSR; it is read back | they come back; without *No_Soft_Reset*, from D3hot, as after a reset |
+//! | function-level reset (PCI Express, advanced features) | `Resetting` | clear the command register, carry the write out, clear the command register again if it was restored | registers as at power-on: command 0, BARs at 0 |
+//! | [`AssignedFunction::reset`] | `Resetting` | the same, with its own reset | the same |
+//! | [`ResetSet::hot_reset`] | `Resetting`, all functions of the set | the same, all at once; `EBUSY` again, a bounded number of times | the same, all of them |
+//! | somebody else's reset ([`AssignedFunction::mappings_may_be_revoked`], [`ResetSet::mappings_may_be_revoked`]) | it has happened | tell the command register and PMCSR | what decodes is mapped anew |
+//! | [cut off](CutOffSwitch) | `Resetting` | turn bus mastering off, for good; then as a reset | the same |
+//! | a BAR written in halves, or sized, with decoding on | `HalfWritten`, `Sizing` | nothing: BARs are emulated | it comes when it is whole |
+//!
+//! vfio-pci hides resets from its user: it saves config space before and restores it afterwards,
+//! the command register with it. The guest, which expects a reset, is shown one, and the physical
+//! command register is made to say what the guest reads.
+//!
+//! What this crate does not do: interrupts, the expansion ROM (hidden), and I/O ports (the registers
+//! of I/O BARs are emulated, nothing follows from them).
 
 mod bar;
 mod bar_access;
@@ -29,20 +53,29 @@ mod capability;
 mod command;
 mod config_access;
 mod config_space;
+mod controls;
+mod cut_off;
 mod discovery;
 mod error;
 mod firmware;
 mod function;
+mod guarded_host;
 mod host_function;
 mod mappable;
 mod msix;
 mod outcome;
+mod power;
+mod reset;
+mod reset_set;
+mod shown;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod vfio;
 
 pub use bar::BarKind;
 pub use capability::Capability;
+pub use cut_off::{CutOffState, CutOffSwitch};
 pub use error::{
     BarProblem, CapabilityList, CapabilityProblem, FunctionError, MsixProblem, MsixStructure,
 };
@@ -51,4 +84,6 @@ pub use function::{AssignedFunction, BarInfo, CpuAccess, FunctionOptions, Vendor
 pub use host_function::{BarIndex, HostBar, HostBarArea, HostFunction};
 pub use msix::{Msix, MsixArea};
 pub use outcome::{HostCall, HostError, Outcome};
+pub use power::PowerState;
+pub use reset_set::{BusyRetry, MixedMaps, ResetSet};
 pub use vfio::{VfioFunction, VfioFunctionError};

@@ -98,6 +98,8 @@ pub enum HostCall {
     BarWrite(BarIndex, u64),
     /// The reset.
     Reset,
+    /// The reset of all functions of a bus or slot.
+    HotReset,
 }
 
 impl fmt::Display for HostCall {
@@ -108,6 +110,7 @@ impl fmt::Display for HostCall {
             Self::BarRead(bar, offset) => write!(f, "reading {bar} at {offset:#x}"),
             Self::BarWrite(bar, offset) => write!(f, "writing {bar} at {offset:#x}"),
             Self::Reset => f.write_str("the reset"),
+            Self::HotReset => f.write_str("the hot reset"),
         }
     }
 }

@@ -81,6 +81,7 @@ pub struct VfioFunction {
     config: Region,
     config_size: u16,
     bars: [Option<VfioBar>; 6],
+    is_virtual: bool,
 }
 
 #[derive(Debug)]
@@ -142,7 +143,16 @@ impl VfioFunction {
             config,
             config_size,
             bars,
+            is_virtual: false,
         })
+    }
+
+    /// Says that it is a virtual function (SR-IOV), which VFIO does not tell: its directory in
+    /// sysfs then has a link `physfn`.
+    #[must_use]
+    pub fn of_virtual_function(mut self, is_virtual: bool) -> Self {
+        self.is_virtual = is_virtual;
+        self
     }
 
     /// The device, for its interrupts.
@@ -197,7 +207,12 @@ fn host_bar(region: &Region) -> Result<HostBar, HostMemoryError> {
                 offset: area.offset,
                 size: area.size,
             })?;
-        let object = DeviceBar::new(region.file().clone(), at, area.size, info.access())?;
+        let exporter = region.clone();
+        let object = DeviceBar::new(region.file().clone(), at, area.size, info.access())?
+            .with_dma_buf(move || {
+                let exported = exporter.export_dma_buf(area);
+                exported.map_err(|error| error.to_string().into())
+            });
         areas.push(HostBarArea {
             offset: area.offset,
             size: area.size,
@@ -266,6 +281,10 @@ impl HostFunction for VfioFunction {
     fn reset(&self) -> io::Result<()> {
         self.device.reset()
     }
+
+    fn is_virtual(&self) -> bool {
+        self.is_virtual
+    }
 }
 
 impl fmt::Debug for VfioFunction {
@@ -285,7 +304,7 @@ mod tests {
     use std::sync::Arc;
 
     use host_memory::Ram;
-    use memory_map::Access;
+    use memory_map::{Access, NoFile};
     use vfio_sys::RegionInfo;
 
     use super::*;
@@ -371,6 +390,15 @@ mod tests {
         let bar = host_bar(&region(READ | MMAP, page_size(), None)).unwrap();
         let object: &DeviceBar = bar.areas[0].backing.downcast_ref().unwrap();
         assert_eq!(object.access(), Access::ReadOnly);
+    }
+
+    #[test]
+    fn a_bar_that_cannot_be_exported_says_what_is_missing() {
+        let bar = host_bar(&region(READ | WRITE | MMAP, page_size(), None)).unwrap();
+        let NoFile::NotExported(why) = bar.areas[0].backing.file().unwrap_err() else {
+            panic!("a BAR is no anonymous memory");
+        };
+        assert!(why.contains("VFIO_DEVICE_FEATURE_DMA_BUF"), "{why}");
     }
 
     #[test]

@@ -31,12 +31,12 @@ const PAST_THE_END: u64 = 0x40_0000;
 /// How large the memory BAR must be.
 const LEAST_BAR: u64 = 16 * PAGE;
 /// How many bytes from [`NOWHERE`] on belong to no process: no kernel puts anything there.
-const NOWHERE_SIZE: u64 = 8 * PAGE;
+pub(crate) const NOWHERE_SIZE: u64 = 8 * PAGE;
 
 /// The command register of a function that decodes memory and masters the bus.
 const COMMAND: u16 = 0x04;
-const MEMORY: u16 = 1 << 1;
-const MASTER: u16 = 1 << 2;
+pub(crate) const MEMORY: u16 = 1 << 1;
+pub(crate) const MASTER: u16 = 1 << 2;
 
 /// The kernel, and the functions to try it with.
 #[derive(Debug, Clone)]
@@ -55,7 +55,7 @@ impl RealHost {
 }
 
 /// An error with its causes, in one line.
-fn told(error: &dyn std::error::Error) -> io::Error {
+pub(crate) fn told(error: &dyn std::error::Error) -> io::Error {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -72,7 +72,7 @@ fn open(opener: &mut Opener, bdf: Bdf) -> io::Result<Arc<VfioFunction>> {
     Ok(Arc::new(function))
 }
 
-fn set_command(function: &VfioFunction, bits: u16) -> io::Result<()> {
+pub(crate) fn set_command(function: &VfioFunction, bits: u16) -> io::Result<()> {
     let mut command = [0; 2];
     function.config_read(COMMAND, &mut command)?;
     let command = u16::from_le_bytes(command) & !(MEMORY | MASTER) | bits;
@@ -80,7 +80,7 @@ fn set_command(function: &VfioFunction, bits: u16) -> io::Result<()> {
 }
 
 /// The first BAR with a part at its start that can be mapped and is large enough.
-fn memory_bar(function: &VfioFunction) -> io::Result<(BarIndex, Backing)> {
+pub(crate) fn memory_bar(function: &VfioFunction) -> io::Result<(BarIndex, Backing)> {
     for index in BarIndex::ALL {
         let Some(bar) = function.bar(index)? else {
             continue;

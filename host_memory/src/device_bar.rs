@@ -2,12 +2,16 @@
 //!
 //! The function that lends the BAR out makes it once, when the function is opened. It shares the
 //! device's file, so the device is given back only when the last region, the last mapping and the
-//! last handle are gone.
+//! last handle are gone. So does its dma-buf, if one was wanted: it is exported when it is first
+//! asked for, and stays open for as long as the BAR lives, so that every address space maps the
+//! same one.
 
+use std::fmt;
 use std::fs::File;
-use std::sync::Arc;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
 
-use memory_map::{Access, BackingObject, Errno, HostMapping};
+use memory_map::{Access, BackingFile, BackingObject, Errno, HostMapping, NoFile};
 
 use crate::{HostMemoryError, Mapping, page_size};
 
@@ -21,6 +25,23 @@ pub struct DeviceBar {
     offset: u64,
     size: u64,
     access: Access,
+    export: Option<Export>,
+}
+
+/// Exports a part of a BAR as a dma-buf of its size, or says why that cannot be, in words that a
+/// person can act on.
+pub type ExportDmaBuf = dyn Fn() -> Result<OwnedFd, Arc<str>> + Send + Sync;
+
+/// A dma-buf, once it has been asked for.
+struct Export {
+    export: Box<ExportDmaBuf>,
+    exported: OnceLock<OwnedFd>,
+}
+
+impl fmt::Debug for Export {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Export").field(&self.exported.get()).finish()
+    }
 }
 
 impl DeviceBar {
@@ -53,12 +74,27 @@ impl DeviceBar {
             offset,
             size,
             access,
+            export: None,
         })
+    }
+
+    /// The same with a way to export it as a dma-buf, which is asked until it succeeds once. What
+    /// the dma-buf holds is the BAR's part from its first byte on.
+    #[must_use]
+    pub fn with_dma_buf(
+        mut self,
+        export: impl Fn() -> Result<OwnedFd, Arc<str>> + Send + Sync + 'static,
+    ) -> Self {
+        self.export = Some(Export {
+            export: Box::new(export),
+            exported: OnceLock::new(),
+        });
+        self
     }
 
     /// The device's file.
     #[must_use]
-    pub const fn file(&self) -> &Arc<File> {
+    pub const fn device_file(&self) -> &Arc<File> {
         &self.file
     }
 
@@ -94,11 +130,34 @@ impl BackingObject for DeviceBar {
             Err(error) => Err(error.errno()),
         }
     }
+
+    fn file(&self) -> Result<BackingFile<'_>, NoFile> {
+        let Some(Export { export, exported }) = &self.export else {
+            return Err(NoFile::NotExported(
+                "whoever opened the device gave no way to export it".into(),
+            ));
+        };
+        let fd = match exported.get() {
+            Some(fd) => fd,
+            // A refusal is not kept: it may have been for want of file descriptors. If another
+            // thread was faster, its dma-buf is taken and this one closed.
+            None => {
+                let fd = export().map_err(NoFile::NotExported)?;
+                exported.get_or_init(|| fd)
+            }
+        };
+        Ok(BackingFile {
+            fd: fd.as_fd(),
+            offset: 0,
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
     use crate::Ram;
@@ -142,5 +201,32 @@ mod tests {
             DeviceBar::new(file, 0, 0, Access::ReadWrite),
             Err(HostMemoryError::Empty)
         ));
+    }
+
+    #[test]
+    fn a_dma_buf_is_exported_once_and_a_refusal_is_asked_again() {
+        let page = page_size();
+        let source = file(page);
+        let asked = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&asked);
+        let bar = DeviceBar::new(source.clone(), 0, page, Access::ReadWrite).unwrap();
+        let bar = bar.with_dma_buf(move || match count.fetch_add(1, Ordering::Relaxed) {
+            0 => Err("too many open files".into()),
+            _ => Ok(source.as_fd().try_clone_to_owned().unwrap()),
+        });
+        assert_eq!(asked.load(Ordering::Relaxed), 0, "not before it is wanted");
+        let refused = NoFile::NotExported("too many open files".into());
+        assert_eq!(bar.file().unwrap_err(), refused);
+        let first = bar.file().unwrap();
+        let again = bar.file().unwrap();
+        assert_eq!(first.fd.as_raw_fd(), again.fd.as_raw_fd());
+        assert_eq!(again.offset, 0);
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn a_bar_without_an_exporter_has_no_file() {
+        let bar = DeviceBar::new(file(page_size()), 0, page_size(), Access::ReadWrite).unwrap();
+        assert!(matches!(bar.file(), Err(NoFile::NotExported(_))));
     }
 }

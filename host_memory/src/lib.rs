@@ -30,7 +30,7 @@ mod huge_page;
 mod mapping;
 mod ram;
 
-pub use device_bar::DeviceBar;
+pub use device_bar::{DeviceBar, ExportDmaBuf};
 pub use error::HostMemoryError;
 pub use huge_page::HugePage;
 pub use mapping::{Mapping, page_size};

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
-use memory_map::{Access, BackingObject, Errno, HostMapping, HostVa};
+use memory_map::{Access, BackingFile, BackingObject, Errno, HostMapping, HostVa, NoFile};
 
 use crate::{HostMemoryError, HugePage, Mapping, page_size};
 
@@ -244,6 +244,11 @@ impl BackingObject for Ram {
             }
         }
     }
+
+    fn file(&self) -> Result<BackingFile<'_>, NoFile> {
+        let fd = Self::file(self).ok_or(NoFile::Anonymous)?;
+        Ok(BackingFile { fd, offset: 0 })
+    }
 }
 
 fn check_size(size: u64, page: u64) -> Result<(), HostMemoryError> {
@@ -369,6 +374,17 @@ mod tests {
             let seen = unsafe { pointer.read_volatile() };
             assert_eq!(seen, 0x1234_5678_9abc_def0);
         }
+    }
+
+    #[test]
+    fn a_memfd_is_mapped_by_its_file_and_anonymous_memory_is_not() {
+        let [memfd, anonymous] = both();
+        let file = BackingObject::file(&memfd).unwrap();
+        assert_eq!(file.offset, 0);
+        let length = File::from(file.fd.try_clone_to_owned().unwrap());
+        assert_eq!(length.metadata().unwrap().len(), memfd.size());
+        let none = BackingObject::file(&anonymous).unwrap_err();
+        assert_eq!(none, NoFile::Anonymous);
     }
 
     #[test]

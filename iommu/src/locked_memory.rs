@@ -1,7 +1,9 @@
 //! How much memory this process may lock, and has locked.
 //!
-//! VFIO pins guest RAM and counts it as locked: per process, and anew for each container. A
-//! process with `CAP_IPC_LOCK` is not held to the limit.
+//! VFIO pins guest RAM and counts it as locked. A type1 container counts per process, and each
+//! container anew; iommufd counts per user, over all of the user's processes, and what is copied
+//! from one address space to another once. A process with `CAP_IPC_LOCK` is not held to the limit
+//! by either.
 #![expect(unsafe_code, reason = "getrlimit")]
 
 use std::fs;
@@ -17,6 +19,8 @@ pub struct LockedMemory {
     /// What is locked now (`VmLck` of `/proc/self/status`), if that can be told.
     pub locked: Option<u64>,
 }
+
+const NOT_THE_CAUSE: &str = "the host has no memory left for it: RLIMIT_MEMLOCK is not the cause";
 
 /// `linux/capability.h`.
 const CAP_IPC_LOCK: u32 = 14;
@@ -43,12 +47,28 @@ impl LockedMemory {
         })
     }
 
-    /// What to do where the kernel had no memory (`ENOMEM`) for `need` more bytes of RAM.
+    /// What to do where iommufd had no memory (`ENOMEM`) for `need` more bytes of RAM.
+    #[must_use]
+    pub fn hint_per_user(&self, need: u64) -> String {
+        let Some(limit) = self.limit else {
+            return NOT_THE_CAUSE.to_owned();
+        };
+        let kib = need.div_ceil(1024);
+        format!(
+            "RLIMIT_MEMLOCK allows {limit} bytes of locked memory and this mapping needs {need} \
+             more. iommufd counts what all processes of this user have pinned, other virtual \
+             machines' too, so raise it in each of them to the sum of all their RAM, here to at \
+             least {need} on top of that, with `ulimit -l` ({kib} more, in KiB, as root), with \
+             LimitMEMLOCK= in the systemd unit, or run each as a user of its own, or give the \
+             program CAP_IPC_LOCK"
+        )
+    }
+
+    /// What to do where a type1 container had no memory (`ENOMEM`) for `need` more bytes of RAM.
     #[must_use]
     pub fn hint(&self, need: u64) -> String {
         let Some(limit) = self.limit else {
-            return "the host has no memory left for it: RLIMIT_MEMLOCK is not the cause"
-                .to_owned();
+            return NOT_THE_CAUSE.to_owned();
         };
         let locked = self.locked.unwrap_or(0);
         let total = locked.saturating_add(need);
@@ -128,11 +148,31 @@ mod tests {
 
     #[test]
     fn without_a_limit_it_is_the_host_that_has_no_memory() {
-        let hint = LockedMemory {
+        let unlimited = LockedMemory {
             limit: None,
             locked: None,
+        };
+        for hint in [unlimited.hint(4096), unlimited.hint_per_user(4096)] {
+            assert!(hint.contains("not the cause"), "{hint}");
         }
-        .hint(4096);
-        assert!(hint.contains("not the cause"), "{hint}");
+    }
+
+    #[test]
+    fn the_hint_for_iommufd_says_that_it_counts_per_user() {
+        let hint = LockedMemory {
+            limit: Some(8 << 20),
+            locked: Some(4096),
+        }
+        .hint_per_user(1 << 30);
+        for text in [
+            "8388608",
+            "1073741824 more",
+            "all processes of this user",
+            "1048576 more, in KiB",
+            "LimitMEMLOCK=",
+            "CAP_IPC_LOCK",
+        ] {
+            assert!(hint.contains(text), "{text}: {hint}");
+        }
     }
 }

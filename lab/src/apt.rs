@@ -17,6 +17,10 @@ use crate::package::{Package, PackageError, io_error};
 use crate::package_tool::run;
 use crate::progress::Progress;
 
+/// A suite that has newer kernels than any release's own suites do. The release's mirror carries it
+/// too; packages that depend on others are not taken from it.
+pub const NEWER_SUITE: &str = "trixie-backports";
+
 /// The cache, and where to fetch what it does not have.
 #[derive(Debug)]
 pub struct Packages<'a> {
@@ -47,6 +51,12 @@ impl<'a> Packages<'a> {
             empty => Ok(empty.insert(Apt::open(self.cache)?)),
         }
     }
+
+    /// Closes the package manager, so that others may use it. The next call of
+    /// [`Packages::apt`] opens it again.
+    pub fn close(&mut self) {
+        self.apt = None;
+    }
 }
 
 /// apt with a state of its own. Only one exists at a time for each cache; others wait.
@@ -72,7 +82,7 @@ impl Apt {
         }
         let codename = release_codename()?;
         let (files, configured) = machine_sources()?;
-        let sources = apt_sources::of_release(&configured, &codename);
+        let sources = apt_sources::of_release(&configured, &codename, &[NEWER_SUITE]);
         if sources.is_empty() {
             return Err(PackageError::NoSources { codename, files });
         }
@@ -101,6 +111,12 @@ impl Apt {
         };
         apt.update()?;
         Ok(apt)
+    }
+
+    /// The release, which is also the name of its first suite.
+    #[must_use]
+    pub fn release(&self) -> &str {
+        &self.codename
     }
 
     /// The release's `-backports` suite.
@@ -167,21 +183,25 @@ impl Apt {
         }
     }
 
-    /// Downloads one package and unpacks it into a folder.
+    /// Downloads packages, without what they depend on, and unpacks them into a folder.
     ///
     /// # Errors
     /// When apt or dpkg fails.
-    pub fn unpack(&self, package: &Package, into: &Path) -> Result<(), PackageError> {
+    pub fn unpack(&self, packages: &[Package], into: &Path) -> Result<(), PackageError> {
         let downloads = into.join("deb");
         fs::create_dir(&downloads).map_err(io_error("make the folder", &downloads))?;
-        let mut progress = Progress::start(format!("fetching {package}"));
-        let wanted = format!("{}={}", package.name, package.version);
-        self.run(
-            "apt-get",
-            &["download", &wanted],
-            Some(&downloads),
-            Some(&mut progress),
-        )?;
+        let title = match packages {
+            [one] => format!("fetching {one}"),
+            several => format!("fetching {} packages", several.len()),
+        };
+        let mut progress = Progress::start(title);
+        let wanted: Vec<_> = packages
+            .iter()
+            .map(|package| format!("{}={}", package.name, package.version))
+            .collect();
+        let mut arguments = vec!["download"];
+        arguments.extend(wanted.iter().map(String::as_str));
+        self.run("apt-get", &arguments, Some(&downloads), Some(&mut progress))?;
         progress.done();
         self.unpack_all(&downloads, into)?;
         fs::remove_dir_all(&downloads).map_err(io_error("remove the folder", &downloads))

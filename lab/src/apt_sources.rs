@@ -113,10 +113,10 @@ fn field_of_option(option: &str) -> String {
 }
 
 /// The sources that carry the release itself (its suites, component `main`), reduced to those, with
-/// the `-backports` suite added on the release's mirror unless the machine already has it.
+/// the `-backports` suite and the `further` ones added on the release's mirror unless they are
+/// there already.
 #[must_use]
-pub fn of_release(all: &[Source], codename: &str) -> Vec<Source> {
-    let backports = format!("{codename}-backports");
+pub fn of_release(all: &[Source], codename: &str, further: &[&str]) -> Vec<Source> {
     let own = |suite: &str| {
         suite == codename
             || suite
@@ -134,11 +134,14 @@ pub fn of_release(all: &[Source], codename: &str) -> Vec<Source> {
         })
         .filter(|source| !source.suites.is_empty())
         .collect();
-    let configured = kept.iter().any(|s| s.suites.contains(&backports));
-    if !configured {
+    let backports = format!("{codename}-backports");
+    for wanted in std::iter::once(backports.as_str()).chain(further.iter().copied()) {
+        if kept.iter().any(|s| s.suites.iter().any(|s| s == wanted)) {
+            continue;
+        }
         for source in &mut kept {
             if source.suites.iter().any(|suite| suite == codename) {
-                source.suites.push(backports.clone());
+                source.suites.push(wanted.to_owned());
             }
         }
     }
@@ -243,7 +246,7 @@ components: main";
     }
 
     #[test]
-    fn only_the_release_is_kept_and_backports_are_added_once() {
+    fn only_the_release_is_kept_and_further_suites_are_added_once() {
         let all = parse_one_line(
             "deb http://mirror.invalid/debian bookworm main contrib\n\
              deb http://mirror.invalid/security bookworm-security main\n\
@@ -251,11 +254,16 @@ components: main";
              deb http://other.invalid/ bookworm-pgdg main\n\
              deb cdrom:[Debian]/ bookworm main\n",
         );
-        let kept = of_release(&all, "bookworm");
+        let kept = of_release(&all, "bookworm", &["newer"]);
         assert_eq!(kept.len(), 2);
-        assert_eq!(kept[0].suites, ["bookworm", "bookworm-backports"]);
+        assert_eq!(kept[0].suites, ["bookworm", "bookworm-backports", "newer"]);
         assert_eq!(kept[0].components, ["main"]);
         assert_eq!(kept[1].suites, ["bookworm-security"]);
-        assert_eq!(of_release(&kept, "bookworm"), kept);
+        assert_eq!(
+            of_release(&kept[..1], "bookworm", &["bookworm-backports"])[0]
+                .suites
+                .len(),
+            2
+        );
     }
 }

@@ -1,33 +1,18 @@
-//! The kernel of the nested machine: a stock Debian one, or one the user built.
+//! The kernel of the nested machine: a stock Debian one, one built here from Debian's sources, or
+//! one the user built.
+
+mod build_tools;
+mod built;
+mod configuration;
+mod step;
+mod stock;
 
 use std::fs;
-use std::io::{self, BufReader};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::apt::{Apt, Packages};
-use crate::cache::EntryName;
+use crate::apt::Packages;
 use crate::package::{Package, PackageError};
-
-/// The series the stock kernel is from; what stands in for the pinned one is from it too.
-const SERIES: &str = "6.12";
-/// The pinned stock kernel's package. Its name holds the kernel's release.
-const PINNED_NAME: &str = "linux-image-6.12.117+deb12-amd64";
-/// The pinned stock kernel's version.
-const PINNED_VERSION: &str = "6.12.117-1~deb12u1";
-
-/// The modules that are taken from the package, each after what it depends on.
-const MODULES: [&str; 8] = [
-    "irqbypass",
-    "ccp",
-    "kvm",
-    "kvm-amd",
-    "vfio",
-    "vfio_iommu_type1",
-    "vfio-pci-core",
-    "vfio-pci",
-];
-/// What is kept of a package: raise it whenever [`MODULES`] or the entry's layout changes.
-const LAYOUT: &str = "lab1";
 
 /// A kernel that can be booted.
 #[derive(Debug, Clone)]
@@ -40,11 +25,46 @@ pub struct Kernel {
     pub description: String,
 }
 
+/// A kernel that the lab gets by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum OwnKernel {
+    /// Debian's, of the series 6.12: VFIO by groups, no iommufd.
+    Stock,
+    /// Built here from Debian's sources of a newer one, with the configuration in
+    /// `lab/kernel/iommufd.config`: groups, cdev and iommufd, BARs as dma-bufs.
+    Iommufd,
+}
+
+impl OwnKernel {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Stock, Self::Iommufd];
+
+    /// Its name, as users write it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stock => "stock",
+            Self::Iommufd => "iommufd",
+        }
+    }
+}
+
+impl std::str::FromStr for OwnKernel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|kernel| kernel.name() == text)
+            .ok_or_else(|| format!("{text:?} is neither `stock` nor `iommufd`"))
+    }
+}
+
 /// Which kernel the user wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KernelChoice {
-    /// Debian's.
-    Stock,
+    /// One of the lab's own.
+    Own(OwnKernel),
     /// An image with everything built in.
     Image(PathBuf),
 }
@@ -52,11 +72,11 @@ pub enum KernelChoice {
 impl std::str::FromStr for KernelChoice {
     type Err = std::convert::Infallible;
 
+    /// Reads `stock`, `iommufd`, or anything else as a path.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(match text {
-            "stock" => Self::Stock,
-            path => Self::Image(path.into()),
-        })
+        Ok(text
+            .parse()
+            .map_or_else(|_| Self::Image(text.into()), Self::Own))
     }
 }
 
@@ -94,6 +114,41 @@ pub enum KernelError {
         /// What is not in it.
         what: String,
     },
+    /// There is no compiler.
+    #[error(
+        "the lab's iommufd kernel is built here, and {tool} cannot be started; have root do: \
+         apt-get install gcc libc6-dev"
+    )]
+    Compiler {
+        /// Which program was tried.
+        tool: &'static str,
+        /// Why it cannot be started.
+        #[source]
+        source: io::Error,
+    },
+    /// The source does not offer what the configuration asks for.
+    #[error(
+        "{package} does not take these lines of lab/kernel/iommufd.config:\n    {}",
+        .lines.join("\n    ")
+    )]
+    Configuration {
+        /// The source's package.
+        package: Package,
+        /// The lines, each with what there is instead.
+        lines: Vec<String>,
+    },
+    /// A step of the build failed.
+    #[error("{step} failed ({how}); all it said is in {log}, its end is:\n{tail}")]
+    Build {
+        /// What was being done.
+        step: String,
+        /// The exit status.
+        how: String,
+        /// Everything the step said. It stays until the next build.
+        log: PathBuf,
+        /// The end of it.
+        tail: String,
+    },
     /// A module is compressed in a way that is not understood.
     #[error("cannot decompress {path}: {reason}")]
     Compression {
@@ -111,14 +166,15 @@ impl From<crate::cache::CacheError> for KernelError {
 }
 
 impl Kernel {
-    /// The kernel the user wants, fetched if need be. The pinned one, once in the cache, is used
+    /// The kernel the user wants, fetched or built if need be. One that is in the cache is used
     /// without asking the mirror.
     ///
     /// # Errors
-    /// When the image is not there, or the package cannot be had.
+    /// When the image is not there, its package cannot be had, or it cannot be built.
     pub fn obtain(choice: &KernelChoice, packages: &mut Packages<'_>) -> Result<Self, KernelError> {
         match choice {
-            KernelChoice::Stock => Self::stock(packages),
+            KernelChoice::Own(OwnKernel::Stock) => stock::obtain(packages),
+            KernelChoice::Own(OwnKernel::Iommufd) => built::obtain(packages),
             KernelChoice::Image(path) => {
                 let absent = |source| KernelError::Image {
                     path: path.clone(),
@@ -133,156 +189,6 @@ impl Kernel {
             }
         }
     }
-
-    fn stock(packages: &mut Packages<'_>) -> Result<Self, KernelError> {
-        let pinned = Package {
-            name: PINNED_NAME.to_owned(),
-            version: PINNED_VERSION.to_owned(),
-        };
-        let cache = packages.cache();
-        if let Some(folder) = cache.get(&entry_name(&pinned)) {
-            return Self::from_entry(&folder, &pinned);
-        }
-        let apt = packages.apt()?;
-        let package = choose(apt, &pinned)?;
-        if package != pinned {
-            eprintln!("lab: the mirror no longer has {pinned}; taking {package}");
-        }
-        let folder = cache.entry(&entry_name(&package), |folder| fetch(apt, &package, folder))?;
-        Self::from_entry(&folder, &package)
-    }
-
-    fn from_entry(folder: &Path, package: &Package) -> Result<Self, KernelError> {
-        let modules = MODULES
-            .iter()
-            .map(|name| folder.join(format!("{name}.ko")))
-            .collect();
-        Ok(Self {
-            image: folder.join("vmlinuz"),
-            modules,
-            description: package.to_string(),
-        })
-    }
-}
-
-fn entry_name(package: &Package) -> EntryName {
-    EntryName::new(&package.name, &format!("{}_{LAYOUT}", package.version))
-}
-
-/// The pinned package, or the newest of its series that is newer.
-fn choose(apt: &Apt, pinned: &Package) -> Result<Package, KernelError> {
-    let names = apt.names(&format!("linux-image-{SERIES}."))?;
-    let names: Vec<&str> = names
-        .iter()
-        .map(String::as_str)
-        .filter(|name| release_of(name).is_some())
-        .collect();
-    let mut offered = apt.versions(&names, None)?;
-    offered.sort_by_key(|package| std::cmp::Reverse(release_of(&package.name)));
-    if offered.contains(pinned) {
-        return Ok(pinned.clone());
-    }
-    offered
-        .iter()
-        .find(|package| release_of(&package.name) >= release_of(&pinned.name))
-        .cloned()
-        .ok_or_else(|| {
-            let advice = format!(
-                "give the machine apt sources that carry a newer {SERIES} kernel (Debian 12 has it \
-                 in bookworm-security), or pass --kernel PATH"
-            );
-            apt.missing(&pinned.to_string(), &offered, &advice).into()
-        })
-}
-
-/// The numbers that order the packages of the series: of `linux-image-6.12.90+deb12.1-amd64` they
-/// are 90, 12 and 1. `None` for other flavours (cloud, rt, unsigned, dbg).
-fn release_of(name: &str) -> Option<Vec<u32>> {
-    let rest = name.strip_prefix("linux-image-")?.strip_prefix(SERIES)?;
-    let (patch, debian) = rest
-        .strip_prefix('.')?
-        .strip_suffix("-amd64")?
-        .split_once("+deb")?;
-    std::iter::once(patch)
-        .chain(debian.split('.'))
-        .map(|number| number.parse().ok())
-        .collect()
-}
-
-fn fetch(apt: &Apt, package: &Package, folder: &Path) -> Result<(), KernelError> {
-    let unpacked = folder.join("unpacked");
-    fs::create_dir(&unpacked).map_err(io_error("make the folder", &unpacked))?;
-    apt.unpack(package, &unpacked)?;
-    let release = package
-        .name
-        .strip_prefix("linux-image-")
-        .unwrap_or(&package.name);
-    let incomplete = |what: String| KernelError::Incomplete {
-        package: package.clone(),
-        what,
-    };
-
-    let image = unpacked.join("boot").join(format!("vmlinuz-{release}"));
-    if !image.is_file() {
-        return Err(incomplete(format!("boot/vmlinuz-{release}")));
-    }
-    let kept = folder.join("vmlinuz");
-    fs::rename(&image, &kept).map_err(io_error("move", &image))?;
-    // Debian 12 has /lib/modules, later releases have /usr/lib/modules.
-    let trees = ["lib/modules", "usr/lib/modules"].map(|tree| unpacked.join(tree));
-    let mut files = Vec::new();
-    for tree in trees.iter().filter(|tree| tree.is_dir()) {
-        walk(tree, &mut files)?;
-    }
-    for name in MODULES {
-        let module = files
-            .iter()
-            .find(|path| {
-                let file = path.file_name().and_then(|n| n.to_str());
-                file.and_then(|f| f.split_once(".ko"))
-                    .is_some_and(|(stem, _)| stem == name)
-            })
-            .ok_or_else(|| incomplete(format!("module {name}")))?;
-        let content = decompressed(module)?;
-        let kept = folder.join(format!("{name}.ko"));
-        fs::write(&kept, content).map_err(io_error("write", &kept))?;
-    }
-    fs::remove_dir_all(&unpacked).map_err(io_error("remove the folder", &unpacked))
-}
-
-fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), KernelError> {
-    for entry in fs::read_dir(folder).map_err(io_error("read the folder", folder))? {
-        let entry = entry.map_err(io_error("read the folder", folder))?;
-        let kind = entry.file_type().map_err(io_error("look at", folder))?;
-        if kind.is_dir() {
-            walk(&entry.path(), files)?;
-        } else {
-            files.push(entry.path());
-        }
-    }
-    Ok(())
-}
-
-/// A module as the kernel takes it: Debian compresses them with xz.
-fn decompressed(path: &Path) -> Result<Vec<u8>, KernelError> {
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("ko") => fs::read(path).map_err(io_error("read", path)),
-        Some("xz") => {
-            let file = fs::File::open(path).map_err(io_error("read", path))?;
-            let mut content = Vec::new();
-            lzma_rs::xz_decompress(&mut BufReader::new(file), &mut content).map_err(|error| {
-                KernelError::Compression {
-                    path: path.to_owned(),
-                    reason: format!("{error:?}"),
-                }
-            })?;
-            Ok(content)
-        }
-        _ => Err(KernelError::Compression {
-            path: path.to_owned(),
-            reason: "neither plain nor xz".to_owned(),
-        }),
-    }
 }
 
 fn io_error<'a>(
@@ -293,38 +199,5 @@ fn io_error<'a>(
         action,
         path: path.to_owned(),
         source,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn releases_are_ordered_by_number() {
-        let of = |tail: &str| release_of(&format!("linux-image-6.12.{tail}"));
-        assert_eq!(of("90+deb12.1-amd64"), Some(vec![90, 12, 1]));
-        assert!(of("117+deb12-amd64") > of("90+deb12.1-amd64"));
-        assert!(of("90+deb12.1-amd64") > of("90+deb12-amd64"));
-        assert!(of("90+deb12-amd64") > of("9+deb12-amd64"));
-    }
-
-    #[test]
-    fn other_flavours_and_series_are_no_stock_kernel() {
-        for name in [
-            "linux-image-6.12.117+deb12-cloud-amd64",
-            "linux-image-6.12.117+deb12-rt-amd64",
-            "linux-image-6.12.117+deb12-amd64-unsigned",
-            "linux-image-6.12.117+deb12-amd64-dbg",
-            "linux-image-6.1.100+deb12-amd64",
-            "linux-image-6.12-amd64",
-        ] {
-            assert_eq!(release_of(name), None, "{name}");
-        }
-    }
-
-    #[test]
-    fn the_pin_is_of_the_series() {
-        assert!(release_of(PINNED_NAME).is_some());
     }
 }

@@ -9,7 +9,8 @@
 //!   apt_sources -> apt -> { qemu, kernel, shell } -> parts ─┐
 //!                cache ───────┘                             ├-> machine -> scenario(s)
 //!   spec, cpio -> initramfs ────────────────────────────────┤
-//!   channel (shared with lab_init), dmar, run_directory ────┘
+//!   channel (shared with lab_init), monitor ────────────────┤
+//!   dmar, run_directory ────────────────────────────────────┘
 //! ```
 //!
 //! The crate has a second half that runs inside: the program `lab_init`, the nested machine's
@@ -20,11 +21,13 @@ pub mod apt_sources;
 pub mod cache;
 pub mod channel;
 pub mod cpio;
+pub mod disk;
 pub mod dmar;
 pub mod initramfs;
 pub mod kernel;
 mod line;
 pub mod machine;
+pub mod monitor;
 pub mod package;
 mod package_tool;
 pub mod parts;

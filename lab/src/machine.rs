@@ -9,7 +9,8 @@
 //!   Machine ── stdin/stdout ── chardev ── second serial port ── /dev/ttyS1 ── lab_init ── command
 //!           ┌─ console.log  ── chardev ── first serial port  ── console=ttyS0
 //!   RunDirectory
-//!           └─ trace.log    ── -trace vtd_dmar_fault
+//!           ├─ trace.log    ── -trace vtd_dmar_fault
+//!           └─ monitor      ── QMP, see `Monitor`
 //! ```
 
 use std::fs::File;
@@ -23,6 +24,7 @@ use crate::channel::{ChannelError, Message, Status};
 use crate::dmar::{self, DmarFault};
 use crate::initramfs::{self, GuestFile, Initramfs, InitramfsError};
 use crate::line;
+use crate::monitor::{Monitor, MonitorError};
 use crate::parts::Parts;
 use crate::run_directory::RunDirectory;
 use crate::spec::Spec;
@@ -145,6 +147,9 @@ pub enum MachineError {
         /// Where all of it is.
         logs: PathBuf,
     },
+    /// QEMU's monitor did not do what it should. The machine goes on.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
     /// An earlier error ended the machine.
     #[error("the nested machine is gone since an earlier error")]
     Gone,
@@ -158,6 +163,7 @@ pub struct Machine {
     to_guest: Sender<Vec<u8>>,
     from_guest: Receiver<Result<Message, ChannelError>>,
     directory: RunDirectory,
+    monitor: Option<Monitor>,
     bound: Vec<String>,
     problems: Vec<String>,
     boot_time: Duration,
@@ -181,12 +187,18 @@ impl Machine {
             eprintln!("lab: logs in {}", directory.path().display());
         }
         initramfs_of(parts, spec)?.write(&directory.initramfs())?;
+        for disk in &spec.disks {
+            let path = directory.disk(&disk.id);
+            disk.write(&path)
+                .map_err(|source| MachineError::Logs { path, source })?;
+        }
         let (qemu, stdin, stdout) = start_qemu(parts, spec, &directory)?;
         let mut machine = Self {
             qemu,
             to_guest: line::writer(stdin),
             from_guest: line::reader(stdout),
             directory,
+            monitor: None,
             bound: vec![],
             problems: vec![],
             boot_time: Duration::ZERO,
@@ -289,6 +301,20 @@ impl Machine {
             }
             Some(_) => Err(self.died("powering off")),
             None => Err(self.too_slow("powering off", start.elapsed())),
+        }
+    }
+
+    /// QEMU's monitor, connected at the first call.
+    ///
+    /// # Errors
+    /// When an earlier error ended the machine, or QEMU does not answer.
+    pub fn monitor(&mut self) -> Result<&mut Monitor, MachineError> {
+        if !self.alive {
+            return Err(MachineError::Gone);
+        }
+        match &mut self.monitor {
+            Some(monitor) => Ok(monitor),
+            empty => Ok(empty.insert(Monitor::connect(&self.directory.monitor())?)),
         }
     }
 

@@ -89,7 +89,8 @@ impl Qemu {
     }
 }
 
-fn setpriv() -> Option<&'static Path> {
+/// The program that ends another one with us, if it is here.
+pub(crate) fn setpriv() -> Option<&'static Path> {
     ["/usr/bin/setpriv", "/bin/setpriv"]
         .into_iter()
         .map(Path::new)

@@ -58,6 +58,18 @@ impl RunDirectory {
         self.path().join("qemu.log")
     }
 
+    /// The socket of QEMU's monitor.
+    #[must_use]
+    pub fn monitor(&self) -> PathBuf {
+        self.path().join("monitor")
+    }
+
+    /// A disk.
+    #[must_use]
+    pub fn disk(&self, id: &str) -> PathBuf {
+        self.path().join(format!("{id}.disk"))
+    }
+
     /// The initramfs.
     #[must_use]
     pub fn initramfs(&self) -> PathBuf {

@@ -30,7 +30,9 @@ pub fn obtain(packages: &mut Packages<'_>) -> Result<PathBuf, PackageError> {
         )
     })?;
     let name = EntryName::new(&package.name, &package.version);
-    let folder = cache.entry(&name, |folder| apt.unpack(package, folder))?;
+    let folder = cache.entry(&name, |folder| {
+        apt.unpack(std::slice::from_ref(package), folder)
+    })?;
     Ok(program(&folder))
 }
 

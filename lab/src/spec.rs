@@ -4,15 +4,58 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::disk::Disk;
 use crate::initramfs::GuestFile;
 use crate::run_directory::RunDirectory;
+
+/// The IOMMU of a nested machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Iommu {
+    /// Intel's, with interrupt remapping. Its faults are in QEMU's trace.
+    #[default]
+    Intel,
+    /// Intel's with addresses of 39 bits, as old and small processors have it: nothing above
+    /// 512 GiB can be mapped.
+    Intel39Bit,
+    /// AMD's, with its reserved hole below 1 TiB. Its faults are in no trace.
+    Amd,
+}
+
+impl Iommu {
+    /// QEMU's device.
+    fn device(self) -> &'static str {
+        match self {
+            Self::Intel => "intel-iommu,intremap=on,device-iotlb=on",
+            Self::Intel39Bit => "intel-iommu,intremap=on,device-iotlb=on,aw-bits=39",
+            Self::Amd => "amd-iommu,intremap=on,device-iotlb=on",
+        }
+    }
+}
+
+impl std::str::FromStr for Iommu {
+    type Err = String;
+
+    /// Reads `intel`, `intel-39-bit` or `amd`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "intel" => Ok(Self::Intel),
+            "intel-39-bit" => Ok(Self::Intel39Bit),
+            "amd" => Ok(Self::Amd),
+            other => Err(format!("{other:?} is none of intel, intel-39-bit and amd")),
+        }
+    }
+}
 
 /// The shape of a nested machine: what is in it beside its chipset.
 #[derive(Debug, Clone)]
 pub struct Spec {
+    /// Its IOMMU.
+    pub iommu: Iommu,
+    /// Disks, for devices that name them as their `drive`.
+    pub disks: Vec<Disk>,
     /// QEMU `-object` values.
     pub objects: Vec<String>,
-    /// QEMU `-device` values. Every PCI function but the chipset's and bridges is bound to vfio-pci.
+    /// QEMU `-device` values. Every PCI function but the chipset's, bridges and IOMMUs is bound to vfio-pci.
     pub devices: Vec<String>,
     /// Files for the nested machine.
     pub files: Vec<GuestFile>,
@@ -27,9 +70,11 @@ pub struct Spec {
 }
 
 impl Default for Spec {
-    /// No devices, 2 GiB, two minutes.
+    /// Intel's IOMMU, no devices, 2 GiB, two minutes.
     fn default() -> Self {
         Self {
+            iommu: Iommu::default(),
+            disks: vec![],
             objects: vec![],
             devices: vec![],
             files: vec![],
@@ -65,7 +110,7 @@ impl Spec {
             "-m",
             &self.memory,
             "-device",
-            "intel-iommu,intremap=on,device-iotlb=on",
+            self.iommu.device(),
             "-chardev",
             "stdio,id=channel,signal=off,mux=off",
             "-chardev",
@@ -74,6 +119,13 @@ impl Spec {
             "chardev:console",
             "-serial",
             "chardev:channel",
+            "-chardev",
+            &format!(
+                "socket,id=monitor,server=on,wait=off,path={}",
+                in_option(&directory.monitor())
+            ),
+            "-mon",
+            "chardev=monitor,mode=control",
             "-trace",
             "vtd_dmar_fault",
             "-append",
@@ -88,6 +140,11 @@ impl Spec {
         ] {
             arguments.extend([option.into(), path.into()]);
         }
+        for disk in &self.disks {
+            let path = in_option(&directory.disk(&disk.id));
+            let drive = format!("file={path},format=raw,if=none,id={}", disk.id);
+            arguments.extend(["-drive".into(), drive.into()]);
+        }
         for (option, values) in [("-object", &self.objects), ("-device", &self.devices)] {
             for value in values {
                 arguments.extend([option.into(), value.into()]);
@@ -97,7 +154,9 @@ impl Spec {
     }
 
     fn command_line(&self) -> String {
-        let own = "console=ttyS0 panic=-1 intel_iommu=on quiet";
+        // Whether the timer interrupts in time depends on how busy this machine is: the kernel must
+        // not conclude from it that it never does.
+        let own = "console=ttyS0 panic=-1 intel_iommu=on no_timer_check quiet";
         let options = self.kernel_options.iter().map(String::as_str);
         std::iter::once(own)
             .chain(options)
@@ -116,22 +175,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn objects_come_before_the_devices_that_use_them_and_the_iommu_before_both() {
+    fn what_devices_use_comes_before_them_and_the_iommu_before_all() {
         let directory = RunDirectory::new().unwrap();
         let spec = Spec {
             objects: vec!["memory-backend-memfd,id=shm,size=4M".into()],
+            disks: vec!["disk0=1".parse().unwrap()],
             devices: vec!["ivshmem-plain,memdev=shm".into()],
+            iommu: Iommu::Intel39Bit,
             ..Spec::default()
         };
         let arguments = spec.arguments(&directory, Path::new("/k"));
         let at = |start: &str| {
             arguments
                 .iter()
-                .position(|a| a.to_str().unwrap().starts_with(start))
+                .position(|a| a.to_str().unwrap().contains(start))
                 .unwrap()
         };
         assert!(at("intel-iommu") < at("memory-backend-memfd"));
         assert!(at("memory-backend-memfd") < at("ivshmem-plain"));
+        assert!(at("id=disk0") < at("ivshmem-plain"));
+        assert!(at("aw-bits=39") == at("intel-iommu"));
     }
 
     #[test]

@@ -13,21 +13,23 @@ pub(crate) struct KeptAddress {
     host: HostAddress,
 }
 
+impl KeptAddress {
+    pub(crate) fn host(&self) -> HostAddress {
+        self.host.clone()
+    }
+}
+
 impl Inner {
-    /// The host address of a backing, made now if there is none yet. Whoever calls this has the
-    /// turn, so no backing is mapped twice at a time.
-    /// Also tells whether it was made now.
-    pub(crate) fn host_address(&self, backing: &Backing) -> Result<(HostAddress, bool), Errno> {
-        if let Some(kept) = self.state.lock().addresses.get(&backing.id()) {
-            return Ok((kept.host.clone(), false));
-        }
+    /// Makes the host address of a backing that has none. Whoever calls this has the turn, so no
+    /// backing is mapped twice at a time.
+    pub(crate) fn make_host_address(&self, backing: &Backing) -> Result<HostAddress, Errno> {
         let host = backing.map_host()?;
         let kept = KeptAddress {
             backing: backing.clone(),
             host: host.clone(),
         };
         self.state.lock().addresses.insert(backing.id(), kept);
-        Ok((host, true))
+        Ok(host)
     }
 
     /// Takes out the addresses of those backings that no region has any more. The caller drops
@@ -50,8 +52,8 @@ impl Inner {
         let state = &mut *state;
         let mapped = |id: &BackingId| {
             state.targets.values().any(|target| {
-                let mut entries = target.ledger.entries.values();
-                entries.any(|entry| entry.backing.id() == *id)
+                let mut entries = target.ledger.entries.iter();
+                entries.any(|(_, entry)| entry.backing.id() == *id)
             })
         };
         let unmapped = backings.iter().filter(|id| !mapped(id));
@@ -74,7 +76,7 @@ impl Inner {
         let needed = |backing: &Backing| {
             drivers
                 .iter()
-                .any(|driver| driver.lock().needs_host_address(backing))
+                .any(|driver| driver.lock().even_if_stopped().needs_host_address(backing))
         };
         let unneeded: Vec<Backing> = backings.into_iter().filter(|b| !needed(b)).collect();
         let mut state = self.state.lock();

@@ -300,7 +300,8 @@ pub enum InvalidChange {
     Range(#[from] RangeError),
 }
 
-/// Why a change of the host's was refused. The map is as it was before.
+/// Why a change of the host's was refused. The map is as it was before; so are the targets, unless
+/// it is [`UndoIncomplete`](Self::UndoIncomplete).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {
     /// The change makes no sense.
@@ -347,18 +348,27 @@ pub enum ChangeError {
     /// The one who watched cancelled it.
     #[error("cancelled")]
     Cancelled,
-    /// The change was refused, and undoing it did not succeed whole either: some RAM is missing
-    /// in some target, so the virtual machine must be stopped.
-    #[error("{cause}; and undoing that left RAM at {range} missing in {target}: {reason}")]
-    UndoLostRam {
+    /// The change was refused, and undoing it did not succeed whole either: a mapping that was
+    /// there could not be made again, or a target had to be quarantined on the way.
+    #[error(
+        "{cause}; and undoing that left {range} missing in {target}: {reason}{}",
+        if report.ram_missing.is_empty() {
+            ""
+        } else {
+            "; that is RAM, so the virtual machine must be stopped"
+        }
+    )]
+    UndoIncomplete {
         /// Why it was to be undone.
         #[source]
         cause: Box<Self>,
-        /// Which target.
+        /// In which target something is missing.
         target: TargetName,
-        /// The first piece that is missing.
+        /// The first piece; RAM, if any of it is missing.
         range: IovaRange,
         /// Why it could not be mapped again.
         reason: Reason,
+        /// All that the undo did.
+        report: Box<Report>,
     },
 }

@@ -6,7 +6,6 @@
 //! lock is only taken for short steps: readers see the new layout at once, and the reach as far
 //! as it has come.
 
-use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -16,11 +15,14 @@ use crate::addresses::KeptAddress;
 use crate::change::Operation;
 use crate::layout::{self, Applied};
 use crate::ledger::{Entry, Failure};
-use crate::plan::{NewMapping, Plan, Unmap, plan, whole_pages};
-use crate::state::{Busy, Inner, Target};
+use crate::mapping::call_unmap;
+use crate::plan::{NewMapping, Unmap};
+use crate::planned::Planned;
+use crate::state::{Busy, Driver, Inner, Target, TargetIds};
 use crate::subscription::Wakes;
-use crate::translation::{Unmappable, iova};
+use crate::translation::iova;
 use crate::turn::Turn;
+use crate::up::Later;
 use crate::{
     Action, BackingId, ChangeError, CutOff, InvalidChange, IovaRange, MappingChange, Progress,
     Quarantine, Reason, RegionId, RegionKind, Report, TargetId, TargetName, TargetOptions,
@@ -34,15 +36,27 @@ pub(crate) type Watch<'w> = dyn FnMut(Progress) -> ControlFlow<()> + 'w;
 pub(crate) enum Class {
     /// May be refused, and is then undone.
     Host,
+    /// May be refused; then the target that would have joined is taken down. Nobody asks what was
+    /// done in which order, so no books are kept of it.
+    Joining,
     /// Cannot be refused.
     Guest,
+}
+
+impl Class {
+    pub(crate) fn may_be_refused(self) -> bool {
+        self != Self::Guest
+    }
 }
 
 /// A step that has been done and may have to be undone.
 pub(crate) enum Done {
     Mapped(TargetId, u64),
-    Unmapped(TargetId, Vec<(u64, Entry)>),
+    Unmapped(TargetId, Entries),
 }
+
+/// Ledger entries by their first address; mostly one.
+pub(crate) type Entries = SmallVec<[(u64, Entry); 1]>;
 
 /// What is to be told to the owner of a quarantined target once all locks are dropped.
 pub(crate) struct PendingCutOff {
@@ -63,7 +77,7 @@ pub(crate) struct Commit<'a, 'w> {
     pub(crate) class: Class,
     pub(crate) watch: &'a mut Watch<'w>,
     pub(crate) progress: Progress,
-    pub(crate) journal: Vec<Done>,
+    pub(crate) journal: SmallVec<[Done; 2]>,
     /// Failures of earlier commits in the dirty ranges, which are tried again.
     pub(crate) forgotten: Vec<(TargetId, Vec<(u64, Failure)>)>,
     /// Backings that got a host address.
@@ -82,7 +96,7 @@ pub(crate) struct Commit<'a, 'w> {
 /// no lock is held and the turn is over.
 #[derive(Default)]
 pub(crate) struct Leftovers {
-    pub(crate) entries: Vec<Entry>,
+    pub(crate) entries: SmallVec<[Entry; 1]>,
     pub(crate) addresses: Vec<KeptAddress>,
     pub(crate) layout: Vec<layout::Leftovers>,
     pub(crate) targets: Vec<Target>,
@@ -96,7 +110,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         class: Class,
         watch: &'a mut Watch<'w>,
     ) -> Self {
-        let seen_steps = inner.state.lock().step();
+        let seen_steps = inner.step();
         Self {
             inner,
             turn: Some(turn),
@@ -105,7 +119,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             class,
             watch,
             progress: Progress { done: 0, total: 0 },
-            journal: Vec::new(),
+            journal: SmallVec::new(),
             forgotten: Vec::new(),
             made: Vec::new(),
             failed: Vec::new(),
@@ -127,210 +141,76 @@ impl<'a, 'w> Commit<'a, 'w> {
         dirty: &[(u64, u64)],
     ) -> Result<(), ChangeError> {
         let plans = self.plan(targets, dirty)?;
-        let bytes = plans.iter().map(|(_, plan)| plan.bytes());
+        let bytes = plans.iter().map(|planned| planned.plan.bytes());
         self.progress.total = bytes.fold(0, u64::saturating_add);
-        let mut later: Vec<(TargetId, NewMapping)> = Vec::new();
-        for (target, plan) in plans {
+        let steps = plans.iter().map(|planned| planned.plan.steps());
+        let steps = steps.fold(0, usize::saturating_add);
+        if self.class != Class::Joining {
+            self.report.mappings.reserve(steps);
+        }
+        if self.class == Class::Host {
+            self.journal.reserve(steps);
+        }
+        let mut later = Later::default();
+        for Planned {
+            target,
+            driver,
+            plan,
+        } in plans
+        {
             for unmap in plan.down {
                 self.watched()?;
-                if !self.unmap(target, unmap)? {
+                if !self.unmap(target, &driver, unmap)? {
                     break;
                 }
             }
-            // The last one comes first: on the way up IOMMUs follow the others, so that no
+            // The last target comes first: on the way up IOMMUs follow the others, so that no
             // device reaches what the guest does not see yet.
-            later.extend(plan.up.into_iter().rev().map(|new| (target, new)));
+            later.push(target, driver, plan.up);
         }
         self.map_all(later, targets, dirty)
     }
 
-    /// Makes mappings, the last one first.
-    fn map_all(
-        &mut self,
-        mut later: Vec<(TargetId, NewMapping)>,
-        targets: &[TargetId],
-        dirty: &[(u64, u64)],
-    ) -> Result<(), ChangeError> {
-        let mut interrupted = false;
-        while let Some((target, new)) = later.pop() {
-            if interrupted {
-                self.map_remaining(&[target], &[(new.start, new.last)])?;
-            } else {
-                self.watched()?;
-                self.map(target, new, self.class == Class::Host)?;
-                interrupted = self.was_interrupted();
-            }
-        }
-        if interrupted {
-            // Others do not answer for RAM that this commit is still adding, or for a target that
-            // is still joining: what they could not map there is this commit's to map, or to fail.
-            self.map_remaining(targets, dirty)?;
-        }
-        Ok(())
-    }
-
-    /// Makes what is still to be mapped of a range that was planned before somebody else's step.
-    /// What they changed elsewhere they have mapped themselves, so to look at the rest of the plan
-    /// again is enough, and at each piece of it only once: a guest that moves BARs all the time
-    /// must not make a long commit plan all of its rest after every step.
-    fn map_remaining(
-        &mut self,
-        targets: &[TargetId],
-        dirty: &[(u64, u64)],
-    ) -> Result<(), ChangeError> {
-        let mut later = self.remaining(targets, dirty);
-        while let Some((target, new)) = later.pop() {
-            self.watched()?;
-            self.map(target, new, self.class == Class::Host)?;
-            if self.was_interrupted() && !later.is_empty() {
-                later = self.remaining(targets, dirty);
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether somebody else has taken a step since this was last asked.
-    pub(crate) fn was_interrupted(&mut self) -> bool {
-        if self.class == Class::Guest {
-            return false;
-        }
-        let steps = self.inner.state.lock().steps;
-        let interrupted = steps != self.seen_steps;
-        self.seen_steps = steps;
-        self.interrupted |= interrupted;
-        interrupted
-    }
-
-    /// What is still to be mapped, the last one first: somebody else may have mapped some of it,
-    /// or covered it. BARs that were refused already are not tried again.
-    fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Vec<(TargetId, NewMapping)> {
-        let state = self.inner.landed(dirty);
-        let mut later = Vec::new();
-        for &id in targets {
-            let Some(target) = state.targets.get(&id) else {
-                continue;
-            };
-            if target.quarantined.is_some() {
-                continue;
-            }
-            let dirty = whole_pages(dirty, target.limits.page_size);
-            let plan = plan(&state.layout, &target.viewer(), &target.ledger, &dirty);
-            let refused = |new: &NewMapping| {
-                new.kind == RegionKind::DeviceMemory
-                    && target.ledger.failure_at(new.start).is_some()
-            };
-            let up = plan.up.into_iter().rev().filter(|new| !refused(new));
-            later.extend(up.map(|new| (id, new)));
-        }
-        later
-    }
-
-    fn plan(
-        &mut self,
-        targets: &[TargetId],
-        dirty: &[(u64, u64)],
-    ) -> Result<Vec<(TargetId, Plan)>, ChangeError> {
-        let mut plans = Vec::with_capacity(targets.len());
-        let mut state = self.inner.landed(dirty);
-        let state = &mut *state;
-        for &id in targets {
-            let Some(target) = state.targets.get_mut(&id) else {
-                continue;
-            };
-            if target.quarantined.is_some() {
-                continue;
-            }
-            let dirty = whole_pages(dirty, target.limits.page_size);
-            let plan = plan(&state.layout, &target.viewer(), &target.ledger, &dirty);
-            for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
-                let range = iova(piece.start, piece.last);
-                // What was missing before is not for this change to answer for.
-                let known = target.ledger.is_known(piece.start, &failure_of(piece));
-                if self.class == Class::Host && !known {
-                    return Err(ChangeError::Refused {
-                        target: target.options.name.clone(),
-                        range,
-                        region: state.layout.region(piece.region)?.name.clone(),
-                        reason: piece.reason.clone(),
-                    });
-                }
-                if !known
-                    && !target.joining
-                    && !is_awaited(&state.busy, &self.taken_back, piece.region)
-                {
-                    let missing = (id, range, piece.reason.clone());
-                    self.report.ram_missing.push(missing);
-                }
-            }
-            plans.push((id, plan, dirty));
-        }
-        Ok(plans
-            .into_iter()
-            .map(|(id, plan, dirty)| {
-                if let Some(target) = state.targets.get_mut(&id) {
-                    for (start, last) in dirty {
-                        let forgotten = target.ledger.forget_failures(start, last);
-                        if !forgotten.is_empty() {
-                            self.forgotten.push((id, forgotten));
-                        }
-                    }
-                    for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
-                        let (start, last) = (piece.start, piece.last);
-                        target.ledger.fail(start, failure_of(piece));
-                        self.failed.push((id, start, last));
-                    }
-                }
-                (id, plan)
-            })
-            .collect())
-    }
-
-    /// Notes that RAM is missing in a target. A target that is still joining, and RAM that is
-    /// still being added, are not counted on yet: that commit finds out for itself.
-    fn miss_ram(&mut self, id: TargetId, range: IovaRange, region: RegionId, reason: &Reason) {
-        let state = self.inner.state.lock();
-        let joining = state.targets.get(&id).is_none_or(|target| target.joining);
-        if !joining && !is_awaited(&state.busy, &self.taken_back, region) {
-            self.report.ram_missing.push((id, range, reason.clone()));
-        }
-    }
-
-    fn watched(&mut self) -> Result<(), ChangeError> {
+    pub(crate) fn watched(&mut self) -> Result<(), ChangeError> {
         match (self.watch)(self.progress) {
-            ControlFlow::Break(()) if self.class == Class::Host => Err(ChangeError::Cancelled),
+            ControlFlow::Break(()) if self.class.may_be_refused() => Err(ChangeError::Cancelled),
             _ => Ok(()),
         }
     }
 
     /// Takes mappings down, and makes again what only had to make way. Returns whether the
     /// target can go on.
-    fn unmap(&mut self, id: TargetId, unmap: Unmap) -> Result<bool, ChangeError> {
+    fn unmap(&mut self, id: TargetId, driver: &Driver, unmap: Unmap) -> Result<bool, ChangeError> {
         let range = iova(unmap.start, unmap.last);
         let bisects = unmap.bisects();
-        let Some(driver) = self.inner.driver(id) else {
+        let Some(outcome) = call_unmap(driver, range) else {
             return Ok(false);
         };
-        let outcome = driver.lock().unmap(range);
         if let Err(error) = outcome {
             let why = Quarantine::Unmap { range, error };
             return self.quarantine(id, why).map(|()| false);
         }
-        let gone: Vec<(u64, Entry)> = self
+        let gone: Entries = self
             .inner
             .with_ledger(id, |ledger| {
-                let remove = |at| Some((at, ledger.entries.remove(&at)?));
+                let remove = |at| Some((at, ledger.entries.remove(at)?));
                 unmap.entries.into_iter().filter_map(remove).collect()
             })
             .unwrap_or_default();
         self.report_unmapped(id, &gone);
-        self.journal.push(Done::Unmapped(id, gone));
+        if self.class == Class::Host {
+            self.journal.push(Done::Unmapped(id, gone));
+        } else {
+            let entries = gone.into_iter().map(|(_, entry)| entry);
+            self.leftovers.entries.extend(entries);
+        }
         if bisects {
             self.report.bisected = self.report.bisected.saturating_add(1);
         }
         // A plan that has not been carried out on the way down would be wrong after somebody
         // else's turn; and this hole is to be closed at once.
         for new in unmap.again {
-            self.map(id, new, false)?;
+            self.map(id, driver, new, false)?;
         }
         Ok(true)
     }
@@ -339,21 +219,24 @@ impl<'a, 'w> Commit<'a, 'w> {
     pub(crate) fn map(
         &mut self,
         id: TargetId,
+        driver: &Driver,
         new: NewMapping,
         yielding: bool,
     ) -> Result<(), ChangeError> {
         let (start, size, kind, region) = (new.start, new.size(), new.kind, new.region);
         let (range, backing) = (iova(start, new.last), new.backing.id());
-        let outcome = self.try_map(id, new, yielding)?;
+        let outcome = self.try_map(id, driver, new, yielding)?;
         self.progress.done = self.progress.done.saturating_add(size);
         let action = match outcome {
             None => {
-                self.journal.push(Done::Mapped(id, start));
+                if self.class == Class::Host {
+                    self.journal.push(Done::Mapped(id, start));
+                }
                 Action::Mapped
             }
             Some(reason) => {
                 if kind == RegionKind::Ram && reason != Reason::Quarantined {
-                    if self.class == Class::Host {
+                    if self.class.may_be_refused() {
                         return Err(self.refused(id, range, region, reason));
                     }
                     self.miss_ram(id, range, region, &reason);
@@ -370,12 +253,14 @@ impl<'a, 'w> Commit<'a, 'w> {
                 Action::Unavailable(reason)
             }
         };
-        self.report.mappings.push(MappingChange {
-            target: id,
-            iova: range,
-            backing,
-            action,
-        });
+        if self.class != Class::Joining {
+            self.report.mappings.push(MappingChange {
+                target: id,
+                iova: range,
+                backing,
+                action,
+            });
+        }
         Ok(())
     }
 
@@ -403,7 +288,7 @@ impl<'a, 'w> Commit<'a, 'w> {
         let name = self.note_quarantine(id, &why);
         match self.class {
             Class::Guest => Ok(()),
-            Class::Host => Err(ChangeError::Quarantined { target: name, why }),
+            Class::Host | Class::Joining => Err(ChangeError::Quarantined { target: name, why }),
         }
     }
 
@@ -516,7 +401,7 @@ impl Inner {
         operations: &mut [Operation],
         touched: &[RegionId],
         class: Class,
-    ) -> Result<(Turn<'_>, Applied, Vec<TargetId>), InvalidChange> {
+    ) -> Result<(Turn<'_>, Applied, TargetIds), InvalidChange> {
         loop {
             let turn = self.turns.take();
             let mut state = self.state.lock();
@@ -543,28 +428,4 @@ impl Inner {
             return Ok((turn, applied, targets));
         }
     }
-}
-
-/// Whether RAM of a region is not counted on yet: an unfinished host's commit is at it, and not
-/// on its way back.
-fn is_awaited(busy: &HashSet<RegionId>, taken_back: &[RegionId], region: RegionId) -> bool {
-    busy.contains(&region) && !taken_back.contains(&region)
-}
-
-fn failure_of(piece: &Unmappable) -> Failure {
-    Failure {
-        last: piece.last,
-        region: piece.region,
-        reason: piece.reason.clone(),
-    }
-}
-
-/// Whether a piece that a target cannot map is RAM that it should: not where it cannot or must not
-/// see the piece, rather than because something went wrong.
-fn is_missing(piece: &Unmappable) -> bool {
-    let by_design = matches!(
-        piece.reason,
-        Reason::SmallerThanPage { .. } | Reason::NotPageAligned { .. } | Reason::Filtered
-    );
-    piece.kind == RegionKind::Ram && !by_design
 }

@@ -4,26 +4,18 @@
 //! knows of consumers.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use smallvec::{SmallVec, smallvec};
 
 use crate::change::Operation;
-use crate::view::{FlatView, Rank, Seen, overlapping};
+use crate::pages::{Pages, RegionPages};
+use crate::view::{FlatView, Rank, Seen};
 use crate::{
     Access, Backing, BackingId, DisabledBecause, GRANULE, Gpa, GpaRange, InvalidChange, Label,
     Priority, RegionId, RegionKind, RegionName, RegionSpec, SubMapping,
 };
-
-/// Pages behind a part of a region; its offset is its key.
-#[derive(Debug, Clone)]
-pub(crate) struct Pages {
-    /// Last offset in the region.
-    pub(crate) last: u64,
-    pub(crate) backing: Backing,
-    pub(crate) backing_offset: u64,
-}
 
 /// Where a region lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +36,7 @@ pub(crate) struct Region {
     pub(crate) access: Access,
     pub(crate) shareable: bool,
     pub(crate) label: Option<Label>,
-    pub(crate) pages: BTreeMap<u64, Pages>,
+    pub(crate) pages: RegionPages,
 }
 
 impl Region {
@@ -67,7 +59,7 @@ impl Region {
 
     /// The pages that overlap the offsets `start..=last`.
     pub(crate) fn pages_in(&self, start: u64, last: u64) -> impl Iterator<Item = (u64, &Pages)> {
-        overlapping(&self.pages, start, last, |pages| pages.last)
+        self.pages.overlapping(start, last)
     }
 }
 
@@ -113,30 +105,32 @@ impl From<Inverses> for Leftovers {
     }
 }
 
-/// Spreads ids over a table. They are counted up by this crate, so nobody can choose them such
-/// that they collide, and a keyed hash would only cost.
+/// Lays ids out in a table in the order they were given, so that a walk over neighbours stays in
+/// the cache. They are counted up by this crate, so nobody can choose them such that they collide.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct IdHasher(u64);
 
 impl Hasher for IdHasher {
     fn finish(&self) -> u64 {
-        // The table looks at the lowest and at the highest bits.
-        self.0 ^ (self.0 >> 32)
+        // The table takes the place from the lowest bits, and compares the highest seven: those
+        // of the id times 2^64 over the golden ratio.
+        const HIGHEST: u64 = 0x7f << 57;
+        self.0 & !HIGHEST | self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) & HIGHEST
     }
 
     fn write(&mut self, bytes: &[u8]) {
         for &byte in bytes {
-            self.write_u64(byte.into());
+            self.write_u64(self.0.rotate_left(8) ^ u64::from(byte));
         }
     }
 
     fn write_u64(&mut self, id: u64) {
-        // 2^64 over the golden ratio.
-        self.0 = (self.0 ^ id).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = id;
     }
 }
 
 pub(crate) type IdMap<K, V> = HashMap<K, V, BuildHasherDefault<IdHasher>>;
+pub(crate) type IdSet<K> = HashSet<K, BuildHasherDefault<IdHasher>>;
 
 #[derive(Debug, Default)]
 pub(crate) struct Layout {
@@ -289,12 +283,12 @@ impl Layout {
             };
             let all = region.pages.iter();
             let its = all.filter(|(_, pages)| pages.backing.id() == backing);
-            dirty.extend(its.map(|(&offset, pages)| span_at(range, offset, pages.last)));
+            dirty.extend(its.map(|(offset, pages)| span_at(range, offset, pages.last)));
         }
     }
 
     fn insert(&mut self, id: RegionId, region: Region) {
-        for pages in region.pages.values() {
+        for (_, pages) in region.pages.iter() {
             count_user(&mut self.users, pages.backing.id(), id);
         }
         if let Some(range) = region.active() {
@@ -307,7 +301,7 @@ impl Layout {
 
     fn take(&mut self, id: RegionId) -> Option<Region> {
         let region = self.regions.remove(&id)?;
-        for pages in region.pages.values() {
+        for (_, pages) in region.pages.iter() {
             discount_user(&mut self.users, pages.backing.id(), id);
         }
         if let Some(range) = region.active() {
@@ -372,7 +366,7 @@ impl Layout {
         let mut undo_span = span;
         for (offset, pages) in &old {
             undo_span = (undo_span.0.min(*offset), undo_span.1.max(pages.last));
-            region.pages.remove(offset);
+            region.pages.remove(*offset);
             applied.backings.push(pages.backing.id());
             discount_user(&mut self.users, pages.backing.id(), id);
             if *offset < span.0 {
@@ -398,13 +392,9 @@ impl Layout {
         }
         // What goes on in the same pages is one again: at the ends of the span, and where two of
         // the new ones meet.
-        let seams: SmallVec<[u64; 4]> = region
-            .pages
-            .range(span.0..=span.1.saturating_add(1))
-            .map(|(&offset, _)| offset)
-            .collect();
+        let seams = region.pages.starts(span.0, span.1.saturating_add(1));
         for seam in seams {
-            if let Some(joined) = join_before(&mut region.pages, seam) {
+            if let Some(joined) = region.pages.join_before(seam) {
                 discount_user(&mut self.users, joined, id);
             }
         }
@@ -415,28 +405,8 @@ impl Layout {
     }
 }
 
-/// Joins the pages that start at `seam` to those before, if they go on in the same pages. Returns
-/// their backing if so.
-fn join_before(pages: &mut BTreeMap<u64, Pages>, seam: u64) -> Option<BackingId> {
-    let after = pages.get(&seam)?;
-    let (&offset, before) = pages.range(..seam).next_back()?;
-    let size = seam.wrapping_sub(offset);
-    let goes_on = before.last.checked_add(1) == Some(seam)
-        && before.backing == after.backing
-        && before.backing_offset.wrapping_add(size) == after.backing_offset;
-    if !goes_on {
-        return None;
-    }
-    let (last, backing) = (after.last, after.backing.id());
-    pages.remove(&seam);
-    if let Some((_, before)) = pages.range_mut(..seam).next_back() {
-        before.last = last;
-    }
-    Some(backing)
-}
-
 fn backings(region: &Region) -> impl Iterator<Item = BackingId> + '_ {
-    region.pages.values().map(|pages| pages.backing.id())
+    region.pages.iter().map(|(_, pages)| pages.backing.id())
 }
 
 type Users = BTreeMap<(BackingId, RegionId), usize>;
@@ -471,11 +441,10 @@ fn span_at(range: GpaRange, start: u64, last: u64) -> (u64, u64) {
 pub(crate) fn region_from(spec: RegionSpec) -> Result<Region, InvalidChange> {
     let size = spec.range.size();
     check_place(&spec.name, spec.kind, spec.range.start())?;
-    let mut pages: BTreeMap<u64, Pages> = BTreeMap::new();
+    let mut pages = RegionPages::default();
     for sub in &spec.sub_mappings {
         let (start, new) = checked_pages(&spec.name, size, sub)?;
-        let below = pages.range(..=new.last).next_back();
-        if below.is_some_and(|(_, below)| below.last >= start) {
+        if pages.overlapping(start, new.last).next().is_some() {
             return Err(InvalidChange::SubMappingsOverlap {
                 region: spec.name,
                 offset: start,
@@ -483,9 +452,8 @@ pub(crate) fn region_from(spec: RegionSpec) -> Result<Region, InvalidChange> {
         }
         pages.insert(start, new);
     }
-    let seams: Vec<u64> = pages.keys().copied().collect();
-    for seam in seams {
-        join_before(&mut pages, seam);
+    for seam in pages.starts(0, u64::MAX) {
+        pages.join_before(seam);
     }
     Ok(Region {
         name: spec.name,

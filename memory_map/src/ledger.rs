@@ -1,8 +1,6 @@
 //! The ledger of one target: the mappings it really holds, and what it refused.
 
-use std::collections::BTreeMap;
-
-use crate::view::overlapping;
+use crate::stretches::{Stretch, Stretches};
 use crate::{Access, Backing, Epoch, HostAddress, Reason, RegionId, RegionKind};
 
 /// One mapping that a target holds; its first address is its key.
@@ -36,11 +34,23 @@ pub(crate) struct Failure {
     pub(crate) reason: Reason,
 }
 
+impl Stretch for Entry {
+    fn last(&self) -> u64 {
+        self.last
+    }
+}
+
+impl Stretch for Failure {
+    fn last(&self) -> u64 {
+        self.last
+    }
+}
+
 /// What a target holds. An entry is made when a map has succeeded and removed when an unmap has.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    pub(crate) entries: BTreeMap<u64, Entry>,
-    failures: BTreeMap<u64, Failure>,
+    pub(crate) entries: Stretches<Entry>,
+    failures: Stretches<Failure>,
 }
 
 impl Drop for Ledger {
@@ -56,7 +66,12 @@ impl Drop for Ledger {
 impl Ledger {
     /// The entries that overlap `start..=last`, by address.
     pub(crate) fn entries_in(&self, start: u64, last: u64) -> impl Iterator<Item = (u64, &Entry)> {
-        overlapping(&self.entries, start, last, |entry| entry.last)
+        self.entries.overlapping(start, last)
+    }
+
+    /// Whether it refused anything that it should hold.
+    pub(crate) fn has_failures(&self) -> bool {
+        !self.failures.is_empty()
     }
 
     /// Notes that the target does not hold `start..=last` although it should.
@@ -70,7 +85,7 @@ impl Ledger {
     pub(crate) fn is_known(&self, start: u64, missing: &Failure) -> bool {
         let mut next = Some(start);
         while let Some(at) = next.filter(|&at| at <= missing.last) {
-            let known = self.failures.range(..=at).next_back();
+            let known = self.failures.at_or_below(at);
             let Some((_, known)) = known.filter(|(_, known)| {
                 known.last >= at && known.region == missing.region && known.reason == missing.reason
             }) else {
@@ -83,32 +98,28 @@ impl Ledger {
 
     /// Why the target does not hold `address`, if it should.
     pub(crate) fn failure_at(&self, address: u64) -> Option<(u64, &Reason)> {
-        let (_, failure) = self.failures.range(..=address).next_back()?;
+        let (_, failure) = self.failures.at_or_below(address)?;
         (failure.last >= address).then_some((failure.last, &failure.reason))
     }
 
     /// Where the next failure begins after `address`, at which there is none.
     pub(crate) fn failure_after(&self, address: u64) -> Option<u64> {
-        self.failures.range(address..).next().map(|(&at, _)| at)
+        self.failures
+            .starting_from(address)
+            .next()
+            .map(|(at, _)| at)
     }
 
     /// Forgets the failures in `start..=last`, and returns what was forgotten.
     pub(crate) fn forget_failures(&mut self, start: u64, last: u64) -> Vec<(u64, Failure)> {
-        if self.failures.is_empty() {
+        if !self.has_failures() {
             return Vec::new();
         }
-        let from = match self.failures.range(..=start).next_back() {
-            Some((&at, failure)) if failure.last >= start => at,
-            _ => start,
-        };
-        let hit: Vec<u64> = self
-            .failures
-            .range(from..=last)
-            .map(|(&at, _)| at)
-            .collect();
+        let hit = self.failures.overlapping(start, last);
+        let hit: Vec<u64> = hit.map(|(at, _)| at).collect();
         let mut forgotten = Vec::with_capacity(hit.len());
         for at in hit {
-            let Some(failure) = self.failures.remove(&at) else {
+            let Some(failure) = self.failures.remove(at) else {
                 continue;
             };
             if at < start {

@@ -68,6 +68,12 @@ impl RegionManager {
         Self::default()
     }
 
+    /// Whether `other` is a handle on the same map, so that one change can hold regions of both.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// Begins a change.
     pub fn change(&self) -> Change<'_> {
         Change {

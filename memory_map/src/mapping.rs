@@ -3,9 +3,11 @@
 use crate::commit::Commit;
 use crate::ledger::Entry;
 use crate::plan::NewMapping;
-use crate::state::{Driver, InFlight};
+use crate::state::{Callee, Driver, InFlight, TakenOff};
 use crate::translation::iova;
-use crate::{ChangeError, Epoch, MapRequest, Quarantine, Reason, RegionId, TargetError, TargetId};
+use crate::{
+    ChangeError, Epoch, IovaRange, MapRequest, Quarantine, Reason, RegionId, TargetError, TargetId,
+};
 
 /// How often a mapping is tried that is revoked while it is being made.
 const REVOKED_TRIES: usize = 3;
@@ -13,25 +15,35 @@ const REVOKED_TRIES: usize = 3;
 /// How a call to map ended.
 enum Called {
     /// Made in one epoch of its backing.
-    Mapped(MapRequest, Epoch),
+    Mapped(Epoch),
     /// Not there.
     Refused(Reason),
     /// May be there.
-    Unknown(MapRequest, Quarantine),
+    Unknown(Quarantine),
 }
 
 /// Has a target make a mapping. Needs no lock of the map's.
-fn call_map(driver: &Driver, request: MapRequest) -> Called {
+fn call_map(callee: &mut Callee, request: &MapRequest) -> Called {
+    let called = try_to_map(callee, request);
+    if matches!(called, Called::Unknown(_)) {
+        callee.stop();
+    }
+    called
+}
+
+fn try_to_map(callee: &mut Callee, request: &MapRequest) -> Called {
+    let Some(target) = callee.target() else {
+        return Called::Refused(Reason::Quarantined);
+    };
     let range = request.iova;
     for _ in 0..REVOKED_TRIES {
         let epoch = request.backing.epoch();
-        let outcome = driver.lock().map(&request);
-        match outcome {
-            Ok(()) if request.backing.epoch() == epoch => return Called::Mapped(request, epoch),
+        match target.map(request) {
+            Ok(()) if request.backing.epoch() == epoch => return Called::Mapped(epoch),
             // Revoked meanwhile: whatever is there now is dead, or may be.
             Ok(()) => {
-                if let Err(error) = driver.lock().unmap(range) {
-                    return Called::Unknown(request, Quarantine::Unmap { range, error });
+                if let Err(error) = target.unmap(range) {
+                    return Called::Unknown(Quarantine::Unmap { range, error });
                 }
             }
             Err(TargetError::Refused(reason)) => return Called::Refused(reason),
@@ -40,8 +52,8 @@ fn call_map(driver: &Driver, request: MapRequest) -> Called {
             Err(TargetError::Revoked) => {}
             Err(error @ TargetError::Unknown(errno)) => {
                 // If it can be taken down, it was there and now is not.
-                if driver.lock().unmap(range).is_err() {
-                    return Called::Unknown(request, Quarantine::Map { range, error });
+                if target.unmap(range).is_err() {
+                    return Called::Unknown(Quarantine::Map { range, error });
                 }
                 return Called::Refused(Reason::Kernel { errno, hint: None });
             }
@@ -50,32 +62,52 @@ fn call_map(driver: &Driver, request: MapRequest) -> Called {
     Called::Refused(Reason::Revoked)
 }
 
+/// Has a target take mappings down; `None` if it gets no more calls. Whoever gets an error notes
+/// the quarantine.
+pub(crate) fn call_unmap(driver: &Driver, range: IovaRange) -> Option<Result<(), TargetError>> {
+    let mut callee = driver.lock();
+    let outcome = callee.target()?.unmap(range);
+    if outcome.is_err() {
+        callee.stop();
+    }
+    Some(outcome)
+}
+
 impl Commit<'_, '_> {
     /// Makes a mapping and enters it in the ledger. `Ok(Some(_))` says why it is not there.
     pub(crate) fn try_map(
         &mut self,
         id: TargetId,
+        driver: &Driver,
         new: NewMapping,
         yielding: bool,
     ) -> Result<Option<Reason>, ChangeError> {
-        let driver = match self.inner.driver_to_map(id) {
-            Ok(driver) => driver,
+        let flight = yielding.then_some((new.start, new.last));
+        let taken_off = self.inner.take_off(id, new.backing.id(), flight);
+        let TakenOff { kept, in_flight } = match taken_off {
+            Ok(taken_off) => taken_off,
             Err(reason) => return Ok(Some(reason)),
         };
-        let needs_host = driver.lock().needs_host_address(&new.backing);
-        let host = if needs_host {
-            match self.inner.host_address(&new.backing) {
-                Ok((host, made)) => {
-                    if made {
-                        self.made.push(new.backing.id());
-                    }
-                    Some(host)
+        if let Some(in_flight) = &in_flight {
+            self.seen_steps = in_flight.steps;
+        }
+        let mut callee = driver.lock();
+        let mut host = None;
+        if callee.even_if_stopped().needs_host_address(&new.backing) {
+            host = kept;
+            if host.is_none() {
+                drop(callee);
+                match self.inner.make_host_address(&new.backing) {
+                    Ok(made) => host = Some(made),
+                    Err(errno) => return Ok(Some(Reason::NoHostAddress(errno))),
                 }
-                Err(errno) => return Ok(Some(Reason::NoHostAddress(errno))),
+                self.made.push(new.backing.id());
+                callee = driver.lock();
             }
-        } else {
-            None
-        };
+        }
+        if in_flight.is_some() {
+            self.turn = None;
+        }
         let request = MapRequest {
             iova: iova(new.start, new.last),
             access: new.access,
@@ -84,15 +116,9 @@ impl Commit<'_, '_> {
             offset: new.offset,
             host,
         };
-        let in_flight = yielding.then(|| {
-            let (in_flight, steps) = InFlight::new(self.inner, id, (new.start, new.last));
-            self.seen_steps = steps;
-            self.turn = None;
-            in_flight
-        });
-        let called = call_map(&driver, request);
-        let (reason, why) = self.enter(id, new.start, new.region, called);
-        drop(in_flight);
+        let called = call_map(&mut callee, &request);
+        drop(callee);
+        let (reason, why) = self.enter(id, new.region, request, called, in_flight);
         if self.turn.is_none() {
             self.turn = Some(self.inner.turns.take());
         }
@@ -108,19 +134,19 @@ impl Commit<'_, '_> {
     fn enter(
         &self,
         id: TargetId,
-        start: u64,
         region: RegionId,
+        request: MapRequest,
         called: Called,
+        mut in_flight: Option<InFlight<'_>>,
     ) -> (Option<Reason>, Option<Quarantine>) {
-        let (request, epoch, why) = match called {
+        let (epoch, why) = match called {
+            // Landed when it is dropped.
             Called::Refused(reason) => return (Some(reason), None),
-            Called::Mapped(request, epoch) => (request, epoch, None),
+            Called::Mapped(epoch) => (epoch, None),
             // Its pages stay, and the end of the target tries once more to take it down.
-            Called::Unknown(request, why) => {
-                let epoch = request.backing.epoch();
-                (request, epoch, Some(why))
-            }
+            Called::Unknown(why) => (request.backing.epoch(), Some(why)),
         };
+        let start = request.iova.start().raw();
         let entry = Entry {
             last: request.iova.last().raw(),
             region,
@@ -139,6 +165,9 @@ impl Commit<'_, '_> {
             }
             if let Some(entry) = entry.take() {
                 target.ledger.entries.insert(start, entry);
+            }
+            if let Some(in_flight) = &mut in_flight {
+                in_flight.land(target);
             }
         });
         // Nobody unregisters a target while something is in flight to it; if it were gone all

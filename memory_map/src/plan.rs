@@ -57,17 +57,20 @@ impl NewMapping {
 
     /// Cuts it at multiples of `largest`, a power of two.
     fn cut(self, largest: u64) -> impl Iterator<Item = Self> {
-        let mut next = Some(self.start);
+        let mut rest = Some(self);
         std::iter::from_fn(move || {
-            let start = next.filter(|&start| start <= self.last)?;
-            let last = (start | largest.wrapping_sub(1)).min(self.last);
-            next = last.checked_add(1);
-            Some(Self {
-                start,
-                last,
-                offset: self.offset.wrapping_add(start.wrapping_sub(self.start)),
-                ..self.clone()
-            })
+            let mut piece = rest.take()?;
+            let last = piece.start | largest.wrapping_sub(1);
+            if last < piece.last {
+                let start = last.wrapping_add(1);
+                rest = Some(Self {
+                    start,
+                    offset: piece.offset.wrapping_add(start.wrapping_sub(piece.start)),
+                    ..piece.clone()
+                });
+                piece.last = last;
+            }
+            Some(piece)
         })
     }
 
@@ -113,6 +116,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// How many mappings will be taken down or made.
+    pub(crate) fn steps(&self) -> usize {
+        let down = self.down.iter();
+        let down = down.map(|unmap| unmap.entries.len().saturating_add(unmap.again.len()));
+        down.fold(self.up.len(), usize::saturating_add)
+    }
+
     /// How many bytes will be mapped.
     pub(crate) fn bytes(&self) -> u64 {
         let again = self.down.iter().flat_map(|unmap| &unmap.again);
@@ -202,7 +212,17 @@ pub(crate) fn plan(
     }
 
     let largest = viewer.limits.largest_mapping;
+    let add = |up: &mut SmallVec<[NewMapping; 1]>, piece: &Piece<'_>, start: u64, last: u64| {
+        let new = NewMapping::of_piece(piece, start, last);
+        // Mostly it fits.
+        if start | largest.wrapping_sub(1) >= last {
+            up.push(new);
+        } else {
+            up.extend(new.cut(largest));
+        }
+    };
     let mut up: SmallVec<[NewMapping; 1]> = SmallVec::new();
+    up.reserve(wanted.len());
     let mut settled = settled.into_iter().peekable();
     for piece in &wanted {
         let mut next = Some(piece.start);
@@ -211,13 +231,11 @@ pub(crate) fn plan(
             match settled.peek() {
                 Some(&(from, to)) if from <= start => next = to.checked_add(1),
                 Some(&(from, _)) if from <= piece.last => {
-                    up.extend(
-                        NewMapping::of_piece(piece, start, from.wrapping_sub(1)).cut(largest),
-                    );
+                    add(&mut up, piece, start, from.wrapping_sub(1));
                     next = Some(from);
                 }
                 _ => {
-                    up.extend(NewMapping::of_piece(piece, start, piece.last).cut(largest));
+                    add(&mut up, piece, start, piece.last);
                     next = None;
                 }
             }

@@ -128,7 +128,9 @@ pub enum DisabledBecause {
     DecodingOff,
     /// One half of a 64-bit BAR has been written, the other not yet.
     HalfWritten,
-    /// The device sleeps (D3hot).
+    /// The BAR is being sized: one of its registers holds all ones.
+    Sizing,
+    /// The device sleeps (D1, D2 or D3hot).
     Sleeping,
     /// The device is being reset.
     Resetting,
@@ -143,7 +145,8 @@ impl fmt::Display for DisabledBecause {
             Self::Owner => f.write_str("disabled"),
             Self::DecodingOff => f.write_str("memory decoding is off"),
             Self::HalfWritten => f.write_str("half written: the other half of the BAR is due"),
-            Self::Sleeping => f.write_str("the device sleeps (D3hot)"),
+            Self::Sizing => f.write_str("being sized: a register of the BAR holds all ones"),
+            Self::Sleeping => f.write_str("the device sleeps (it is not in power state D0)"),
             Self::Resetting => f.write_str("the device is being reset"),
             Self::Wraps(gpa) => write!(f, "placed at {gpa}, where it wraps past the end"),
         }

@@ -7,8 +7,7 @@ use smallvec::SmallVec;
 
 use crate::commit::{Class, Commit, Watch};
 use crate::ledger::Ledger;
-use crate::state::{Inner, Target};
-use crate::sync::Mutex;
+use crate::state::{Callee, Inner, Target};
 use crate::translation::check_limits;
 use crate::{
     ChangeError, DmaTarget, InvalidChange, Report, TargetId, TargetLimits, TargetName,
@@ -61,7 +60,7 @@ impl Inner {
             kind: options.kind,
             options,
             limits,
-            driver: Arc::new(Mutex::new(driver)),
+            driver: Callee::driver(driver),
             ledger: Ledger::default(),
             quarantined: None,
             joining: true,
@@ -69,20 +68,21 @@ impl Inner {
         };
         let turn = self.turns.take();
         self.state.lock().targets.insert(id, target);
-        let mut commit = Commit::new(self, turn, Class::Host, watch);
-        let outcome = commit.run(&[id], &[EVERYTHING]);
-        match outcome {
+        let mut commit = Commit::new(self, turn, Class::Joining, watch);
+        let outcome = match commit.run(&[id], &[EVERYTHING]) {
             Ok(()) => {
                 self.with_target(id, |target| target.joining = false);
+                Ok(())
             }
             // There is nothing to go back to but an empty target.
-            Err(_) => {
+            Err(cause) => {
                 let target = self.state.lock().targets.remove(&id);
-                if let Some(target) = target {
-                    commit.tear_down(id, target);
-                }
+                Err(match target {
+                    Some(target) => commit.undo_joining(cause, id, target),
+                    None => cause,
+                })
             }
-        }
+        };
         let wakes = self.state.lock().all_reach_changed();
         drop(commit.end(wakes));
         outcome.map(|()| TargetHandle {
@@ -117,7 +117,7 @@ impl Inner {
             let target = state.targets.get(&id).ok_or_else(unknown)?;
             (target.driver.clone(), target.options.name.clone())
         };
-        let limits = limits_of(&**driver.lock(), &name)?;
+        let limits = limits_of(driver.lock().even_if_stopped(), &name)?;
         let before = self
             .with_target(id, |target| std::mem::replace(&mut target.limits, limits))
             .ok_or_else(unknown)?;

@@ -14,28 +14,60 @@
 //! which something is in flight, and nobody changes a region that belongs to an unfinished
 //! host's commit (it is *busy*): they wait.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use smallvec::SmallVec;
 
 use crate::addresses::KeptAddress;
-use crate::layout::Layout;
+use crate::layout::{IdMap, IdSet, Layout};
 use crate::ledger::Ledger;
 use crate::plan::whole_pages;
 use crate::subscription::Subscribers;
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering};
 use crate::translation::Viewer;
 use crate::turn::Turns;
 use crate::{
-    BackingId, ConsumerKind, DmaTarget, Quarantine, Reason, RegionId, TargetId, TargetLimits,
-    TargetName, TargetOptions,
+    BackingId, ConsumerKind, DmaTarget, HostAddress, Quarantine, Reason, RegionId, TargetId,
+    TargetLimits, TargetName, TargetOptions,
 };
 
-/// How a target is called: by one at a time.
-pub(crate) type Driver = Arc<Mutex<Box<dyn DmaTarget>>>;
+/// As many as most machines have lie in place.
+pub(crate) type TargetIds = SmallVec<[TargetId; 8]>;
+
+/// A target as it is called: by one at a time, and not at all once it is quarantined.
+pub(crate) struct Callee {
+    target: Box<dyn DmaTarget>,
+    stopped: bool,
+}
+
+/// How a target is called.
+pub(crate) type Driver = Arc<Mutex<Callee>>;
+
+impl Callee {
+    pub(crate) fn driver(target: Box<dyn DmaTarget>) -> Driver {
+        Arc::new(Mutex::new(Self {
+            target,
+            stopped: false,
+        }))
+    }
+
+    /// The target, unless it is to get no more calls.
+    pub(crate) fn target(&mut self) -> Option<&mut dyn DmaTarget> {
+        (!self.stopped).then_some(&mut *self.target)
+    }
+
+    /// The target, for those who ask it and for those who end it.
+    pub(crate) fn even_if_stopped(&mut self) -> &mut dyn DmaTarget {
+        &mut *self.target
+    }
+
+    /// No call follows the one that led to the quarantine, whoever waits to make one.
+    pub(crate) const fn stop(&mut self) {
+        self.stopped = true;
+    }
+}
 
 /// A consumer and what is known of it.
 pub(crate) struct Target {
@@ -68,11 +100,8 @@ pub(crate) struct State {
     pub(crate) layout: Layout,
     pub(crate) targets: BTreeMap<TargetId, Target>,
     /// Regions that unfinished host's commits touch.
-    pub(crate) busy: HashSet<RegionId>,
-    /// Advances with every commit and with every mapping that is made without a turn, so that a
-    /// commit that gave its turn up sees whether it was alone.
-    pub(crate) steps: u64,
-    pub(crate) addresses: HashMap<BackingId, KeptAddress>,
+    pub(crate) busy: IdSet<RegionId>,
+    pub(crate) addresses: IdMap<BackingId, KeptAddress>,
     pub(crate) subscribers: Subscribers,
 }
 
@@ -83,6 +112,9 @@ pub(crate) struct Inner {
     pub(crate) state: Mutex<State>,
     /// Notified when something is no longer in flight or busy.
     pub(crate) settled: Condvar,
+    /// Advances with every commit and with every mapping that is made without a turn, so that a
+    /// commit that gave its turn up sees whether it was alone. Written by whoever has the turn.
+    steps: AtomicU64,
     ids: AtomicU64,
 }
 
@@ -97,12 +129,6 @@ impl fmt::Debug for Inner {
 }
 
 impl State {
-    /// Counts a step, and tells the count.
-    pub(crate) fn step(&mut self) -> u64 {
-        self.steps = self.steps.wrapping_add(1);
-        self.steps
-    }
-
     /// Whether something is being mapped in the dirty ranges.
     pub(crate) fn is_in_flight(&self, dirty: &[(u64, u64)]) -> bool {
         self.targets.values().any(|target| {
@@ -115,14 +141,17 @@ impl State {
     }
 
     /// IOMMUs first, then memory slots, then those that RAM is shared with; each by age.
-    pub(crate) fn targets_in_order(&self) -> Vec<TargetId> {
-        let mut targets: Vec<(ConsumerKind, TargetId)> = self
-            .targets
-            .iter()
-            .map(|(&id, target)| (target.kind, id))
-            .collect();
-        targets.sort_unstable();
-        targets.into_iter().map(|(_, id)| id).collect()
+    pub(crate) fn targets_in_order(&self) -> TargetIds {
+        let kinds = [
+            ConsumerKind::Iommu,
+            ConsumerKind::MemorySlots,
+            ConsumerKind::Sharing,
+        ];
+        let of_kind = |kind| {
+            let its = self.targets.iter().filter(move |(_, t)| t.kind == kind);
+            its.map(|(&id, _)| id)
+        };
+        kinds.into_iter().flat_map(of_kind).collect()
     }
 }
 
@@ -131,29 +160,57 @@ impl Inner {
         self.ids.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// How to call a target that may be called.
+    /// Counts a step, and tells the count. The caller has the turn.
+    pub(crate) fn step(&self) -> u64 {
+        let steps = self.steps().wrapping_add(1);
+        self.steps.store(steps, Ordering::Release);
+        steps
+    }
+
+    /// The count of steps.
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Acquire)
+    }
+
+    /// How to call a target.
     pub(crate) fn driver(&self, id: TargetId) -> Option<Driver> {
-        self.driver_with_room(id, false).ok()
+        self.with_target(id, |target| target.driver.clone())
     }
 
-    /// How to call a target that may be called and has room for another mapping.
-    pub(crate) fn driver_to_map(&self, id: TargetId) -> Result<Driver, Reason> {
-        self.driver_with_room(id, true)
-    }
-
-    fn driver_with_room(&self, id: TargetId, room: bool) -> Result<Driver, Reason> {
-        let state = self.state.lock();
-        let target = state.targets.get(&id).ok_or(Reason::Quarantined)?;
+    /// What it takes to make a mapping of a backing in a target that has room for it. If
+    /// `in_flight` is given, those addresses are in flight from now on.
+    pub(crate) fn take_off(
+        &self,
+        id: TargetId,
+        backing: BackingId,
+        in_flight: Option<(u64, u64)>,
+    ) -> Result<TakenOff<'_>, Reason> {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        let target = state.targets.get_mut(&id).ok_or(Reason::Quarantined)?;
         if target.quarantined.is_some() {
             return Err(Reason::Quarantined);
         }
-        if let Some(limit) = target.limits.entry_limit.filter(|_| room) {
+        if let Some(limit) = target.limits.entry_limit {
             let held = u64::try_from(target.ledger.entries.len()).unwrap_or(u64::MAX);
             if held >= limit {
                 return Err(Reason::EntryLimit { limit });
             }
         }
-        Ok(target.driver.clone())
+        let in_flight = in_flight.map(|range| {
+            target.in_flight.push(range);
+            InFlight {
+                inner: self,
+                target: id,
+                range,
+                steps: self.step(),
+                landed: false,
+            }
+        });
+        Ok(TakenOff {
+            kept: state.addresses.get(&backing).map(KeptAddress::host),
+            in_flight,
+        })
     }
 
     pub(crate) fn with_target<T>(
@@ -225,36 +282,37 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// A mapping is being made without a turn, until this is dropped.
+/// What it takes to make one mapping.
+pub(crate) struct TakenOff<'a> {
+    /// The backing's host address, if it has one yet.
+    pub(crate) kept: Option<HostAddress>,
+    pub(crate) in_flight: Option<InFlight<'a>>,
+}
+
+/// A mapping is being made without a turn, until it has landed or this is dropped.
 pub(crate) struct InFlight<'a> {
     inner: &'a Inner,
     target: TargetId,
     range: (u64, u64),
+    /// The count of steps with this one.
+    pub(crate) steps: u64,
+    landed: bool,
 }
 
-impl<'a> InFlight<'a> {
-    /// Takes off, and tells the count of steps.
-    pub(crate) fn new(inner: &'a Inner, target: TargetId, range: (u64, u64)) -> (Self, u64) {
-        let mut state = inner.state.lock();
-        let steps = state.step();
-        if let Some(target) = state.targets.get_mut(&target) {
-            target.in_flight.push(range);
-        }
-        drop(state);
-        let in_flight = Self {
-            inner,
-            target,
-            range,
-        };
-        (in_flight, steps)
+impl InFlight<'_> {
+    /// The ledger of `target`, to which this was in flight, is exact again.
+    pub(crate) fn land(&mut self, target: &mut Target) {
+        self.landed = true;
+        target.in_flight.retain(|range| *range != self.range);
     }
 }
 
 impl Drop for InFlight<'_> {
     fn drop(&mut self) {
-        self.inner.with_target(self.target, |target| {
-            target.in_flight.retain(|range| *range != self.range);
-        });
+        if !self.landed {
+            let inner = self.inner;
+            inner.with_target(self.target, |target| self.land(target));
+        }
         self.inner.settled.notify_all();
     }
 }

@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::query;
 use crate::state::{Inner, State};
 use crate::{ReachEntry, RegionId};
@@ -131,7 +133,7 @@ impl State {
         if self.subscribers.is_empty() {
             return Wakes::default();
         }
-        let mut regions = touched.to_vec();
+        let mut regions: SmallVec<[RegionId; 16]> = touched.into();
         for &(start, last) in dirty {
             self.layout.view.lying_in(start, last, &mut regions);
         }

@@ -3,6 +3,10 @@
 
 #[cfg(not(shuttle))]
 pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard};
+#[cfg(shuttle)]
+pub(crate) use shuttle::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(shuttle))]
+pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
 
 #[cfg(shuttle)]
 pub(crate) use checked::{Condvar, Mutex, MutexGuard};

@@ -1,6 +1,7 @@
 //! What a target should hold: the flat view, cut to what the target can map.
 
-use crate::layout::{Layout, Pages, Region};
+use crate::layout::{Layout, Region};
+use crate::pages::Pages;
 use crate::view::Seen;
 use crate::{Access, Backing, Filter, Iova, IovaRange, Reason, RegionId, RegionKind, TargetLimits};
 
@@ -118,6 +119,12 @@ impl Viewer<'_> {
         let page = self.limits.page_size;
         let mask = page.wrapping_sub(1);
         let whole = IovaRange::of(start, last);
+        // Nearly always it is whole pages, and allowed.
+        if (start | last.wrapping_add(1) | backing_offset) & mask == 0
+            && is_allowed(&self.limits.allowed, &whole)
+        {
+            return each(piece(start, last));
+        }
         let misfit = || {
             if whole.size() < page {
                 Reason::SmallerThanPage { page }
@@ -134,15 +141,11 @@ impl Viewer<'_> {
         if start < first {
             each(unmappable(start, first.wrapping_sub(1), misfit()));
         }
-        if is_allowed(&self.limits.allowed, &aligned) {
-            each(piece(first, end));
-        } else {
-            for part in split_by_allowed(&self.limits.allowed, page, first, end) {
-                each(match part.refusal {
-                    Some(reason) => unmappable(part.start, part.last, reason),
-                    None => piece(part.start, part.last),
-                });
-            }
+        for part in split_by_allowed(&self.limits.allowed, page, first, end) {
+            each(match part.refusal {
+                Some(reason) => unmappable(part.start, part.last, reason),
+                None => piece(part.start, part.last),
+            });
         }
         if end < last {
             each(unmappable(end.wrapping_add(1), last, misfit()));
@@ -173,7 +176,7 @@ struct Part {
     refusal: Option<Reason>,
 }
 
-/// Whether whole pages may be mapped just so, which they nearly always may.
+/// Whether whole pages may be mapped just so.
 fn is_allowed(allowed: &[IovaRange], pages: &IovaRange) -> bool {
     let from = allowed.partition_point(|range| range.last() < pages.start());
     allowed.get(from).is_some_and(|range| range.covers(pages))

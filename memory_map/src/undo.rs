@@ -2,14 +2,17 @@
 
 use crate::commit::{Class, Commit, Done};
 use crate::ledger::Entry;
+use crate::mapping::call_unmap;
 use crate::plan::NewMapping;
 use crate::state::Target;
 use crate::translation::iova;
-use crate::{Backing, ChangeError, Quarantine, TargetId};
+use crate::{
+    Action, Backing, ChangeError, IovaRange, Quarantine, Reason, Report, TargetId, TargetName,
+};
 
 impl Commit<'_, '_> {
-    /// Undoes what was done to the targets, and wraps `cause` if RAM was lost on the way. The
-    /// caller has reverted the layout. A revocation cannot be undone: what was mapped from
+    /// Undoes what was done to the targets, and wraps `cause` if something was lost on the way.
+    /// The caller has reverted the layout. A revocation cannot be undone: what was mapped from
     /// `revoked` is redone.
     ///
     /// If nobody else has committed in between, the steps are undone one by one, the last one
@@ -25,8 +28,8 @@ impl Commit<'_, '_> {
         self.was_interrupted();
         // From here on nothing can be refused: there is nothing to go back to.
         self.class = Class::Guest;
-        self.report.mappings.clear();
-        self.report.ram_missing.clear();
+        let quarantined = std::mem::take(&mut self.report).quarantined;
+        let missing_before = self.forgotten.clone();
         let journal = std::mem::take(&mut self.journal);
         for (id, start, last) in std::mem::take(&mut self.failed) {
             self.inner
@@ -36,7 +39,7 @@ impl Commit<'_, '_> {
             // In this class it records what fails and does not end.
             let _recorded = self.run(targets, dirty);
         } else {
-            self.undo_steps(journal);
+            self.undo_steps(journal.into_iter());
         }
         if !revoked.is_empty() {
             let mut dirty = Vec::new();
@@ -49,18 +52,43 @@ impl Commit<'_, '_> {
         }
         let unmapped = self.inner.unmapped_addresses(&self.made);
         self.leftovers.addresses.extend(unmapped);
-        match self.report.ram_missing.first().cloned() {
-            Some((id, range, reason)) => ChangeError::UndoLostRam {
-                cause: Box::new(cause),
-                target: self.inner.target_name(id),
-                range,
-                reason,
-            },
-            None => cause,
-        }
+        let was_missing = |id: TargetId, range: IovaRange| {
+            let mut its = missing_before.iter().filter(|(of, _)| *of == id);
+            its.any(|(_, failures)| {
+                let mut failures = failures.iter();
+                failures.any(|(at, failure)| {
+                    *at <= range.last().raw() && range.start().raw() <= failure.last
+                })
+            })
+        };
+        let lost = first_lost(&self.report, &quarantined, was_missing);
+        let of_undo = std::mem::take(&mut self.report);
+        self.report.quarantined = quarantined;
+        let quarantines = of_undo.quarantined.iter().cloned();
+        self.report.quarantined.extend(quarantines);
+        let name = |id| self.inner.target_name(id);
+        incomplete(cause, of_undo, lost, name)
     }
 
-    fn undo_steps(&mut self, journal: Vec<Done>) {
+    /// The end of a target that could not join, for `cause`.
+    pub(crate) fn undo_joining(
+        &mut self,
+        cause: ChangeError,
+        id: TargetId,
+        target: Target,
+    ) -> ChangeError {
+        let name = target.options.name.clone();
+        let quarantined = std::mem::take(&mut self.report).quarantined;
+        self.tear_down(id, target);
+        let lost = first_lost(&self.report, &quarantined, |_, _| false);
+        let of_undo = std::mem::take(&mut self.report);
+        self.report.quarantined = quarantined;
+        let quarantines = of_undo.quarantined.iter().cloned();
+        self.report.quarantined.extend(quarantines);
+        incomplete(cause, of_undo, lost, |_| name.clone())
+    }
+
+    fn undo_steps(&mut self, journal: impl DoubleEndedIterator<Item = Done>) {
         for (id, failures) in std::mem::take(&mut self.forgotten) {
             self.inner.with_ledger(id, |ledger| {
                 for (at, failure) in failures {
@@ -68,7 +96,7 @@ impl Commit<'_, '_> {
                 }
             });
         }
-        let mut steps = journal.into_iter().rev().peekable();
+        let mut steps = journal.rev().peekable();
         while let Some(done) = steps.next() {
             match done {
                 Done::Mapped(id, last_at) => {
@@ -94,7 +122,7 @@ impl Commit<'_, '_> {
     /// Whether one unmap may take down the mappings at `at` and at `after`, which follows it.
     fn joins(&self, id: TargetId, at: u64, after: u64) -> bool {
         let joins = self.inner.with_target(id, |target| {
-            let entry = target.ledger.entries.get(&at);
+            let entry = target.ledger.entries.get(at);
             target.limits.unmap_spans
                 && entry.is_some_and(|entry| entry.last.checked_add(1) == Some(after))
         });
@@ -105,7 +133,7 @@ impl Commit<'_, '_> {
     fn undo_maps(&mut self, id: TargetId, run: Vec<u64>) {
         let range = self.inner.with_ledger(id, |ledger| {
             let (first, last) = (run.first()?, run.last()?);
-            Some((*first, ledger.entries.get(last)?.last))
+            Some((*first, ledger.entries.get(*last)?.last))
         });
         let Some((start, last)) = range.flatten() else {
             return;
@@ -114,11 +142,13 @@ impl Commit<'_, '_> {
             return;
         };
         let range = iova(start, last);
-        let outcome = driver.lock().unmap(range);
+        let Some(outcome) = call_unmap(&driver, range) else {
+            return;
+        };
         match outcome {
             Ok(()) => {
                 let gone = self.inner.with_ledger(id, |ledger| {
-                    let remove = |at| ledger.entries.remove(&at);
+                    let remove = |at| ledger.entries.remove(at);
                     run.into_iter().filter_map(remove).collect::<Vec<_>>()
                 });
                 self.leftovers.entries.extend(gone.unwrap_or_default());
@@ -142,10 +172,13 @@ impl Commit<'_, '_> {
         let largest = self
             .inner
             .with_target(id, |target| target.limits.largest_mapping);
+        let (Some(driver), Some(largest)) = (self.inner.driver(id), largest) else {
+            return;
+        };
         // It was made when the target could take more at a time, if it is cut.
-        for new in new.cut_if_larger(largest.unwrap_or(u64::MAX)) {
+        for new in new.cut_if_larger(largest) {
             // In this class a map records its failure and does not end the commit.
-            let _recorded = self.map(id, new, false);
+            let _recorded = self.map(id, &driver, new, false);
         }
     }
 
@@ -153,26 +186,28 @@ impl Commit<'_, '_> {
     /// more; what cannot be taken down stays alive for ever.
     pub(crate) fn tear_down(&mut self, id: TargetId, mut target: Target) {
         let spans = target.limits.unmap_spans && target.quarantined.is_none();
-        let mut next = Some(0);
-        while let Some(from) = next {
-            let mut run: Vec<u64> = Vec::new();
-            let mut end = None;
-            for (&at, entry) in target.ledger.entries.range(from..) {
-                let goes_on = spans && end == Some(at);
-                if !(run.is_empty() || goes_on) {
-                    break;
-                }
+        // From the top, because a ledger gives up its last entry more easily than its first.
+        let mut highest = Some(u64::MAX);
+        while let Some(from) = highest {
+            let entries = &target.ledger.entries;
+            let Some((top, entry)) = entries.at_or_below(from) else {
+                break;
+            };
+            let (mut start, last) = (top, entry.last);
+            let mut run = vec![top];
+            while let Some((at, below)) = entries.below(start).filter(|_| spans)
+                && below.last.checked_add(1) == Some(start)
+            {
                 run.push(at);
-                end = entry.last.checked_add(1);
+                start = at;
             }
-            let Some(&start) = run.first() else { break };
-            let range = iova(start, end.map_or(u64::MAX, |end| end.wrapping_sub(1)));
-            next = end;
+            let range = iova(start, last);
+            highest = start.checked_sub(1);
             // What is still in the ledger is never dropped, whatever happens in this call.
-            let outcome = target.driver.lock().unmap(range);
+            let outcome = target.driver.lock().even_if_stopped().unmap(range);
             match outcome {
                 Ok(()) => {
-                    let remove = |at| Some((at, target.ledger.entries.remove(&at)?));
+                    let remove = |at| Some((at, target.ledger.entries.remove(at)?));
                     let gone: Vec<_> = run.into_iter().filter_map(remove).collect();
                     self.report_unmapped(id, &gone);
                     let entries = gone.into_iter().map(|(_, entry)| entry);
@@ -192,4 +227,50 @@ impl Commit<'_, '_> {
         let unneeded = self.inner.unneeded_addresses();
         self.leftovers.addresses.extend(unneeded);
     }
+}
+
+/// What is to be said of a change that was undone.
+fn incomplete(
+    cause: ChangeError,
+    report: Report,
+    lost: Option<(TargetId, IovaRange, Reason)>,
+    name: impl Fn(TargetId) -> TargetName,
+) -> ChangeError {
+    match lost {
+        Some((id, range, reason)) => ChangeError::UndoIncomplete {
+            cause: Box::new(cause),
+            target: name(id),
+            range,
+            reason,
+            report: Box::new(report),
+        },
+        None => cause,
+    }
+}
+
+/// What an undo could not put back, RAM first, except for what `was_missing` before and for what
+/// is in targets that were `quarantined` before.
+fn first_lost(
+    report: &Report,
+    quarantined: &[(TargetId, Quarantine)],
+    was_missing: impl Fn(TargetId, IovaRange) -> bool,
+) -> Option<(TargetId, IovaRange, Reason)> {
+    let ram = report.ram_missing.first().cloned();
+    let newly_quarantined = || {
+        let is_new = |id| quarantined.iter().all(|(before, _)| *before != id);
+        let (id, why) = report.quarantined.iter().find(|(id, _)| is_new(*id))?;
+        let (Quarantine::Unmap { range, .. } | Quarantine::Map { range, .. }) = why;
+        Some((*id, *range, Reason::Quarantined))
+    };
+    let mut unavailable = report
+        .mappings
+        .iter()
+        .filter_map(|change| match &change.action {
+            // The quarantine itself has been told.
+            Action::Unavailable(Reason::Quarantined) => None,
+            Action::Unavailable(reason) => Some((change.target, change.iova, reason.clone())),
+            Action::Mapped | Action::Unmapped => None,
+        });
+    ram.or_else(newly_quarantined)
+        .or_else(|| unavailable.find(|(id, range, _)| !was_missing(*id, *range)))
 }

@@ -6,11 +6,10 @@
 //! disabling a region costs a search plus the cells it covers.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
-use std::collections::btree_map::{Entry, Range};
 
 use smallvec::SmallVec;
 
+use crate::stretches::{Stretch, Stretches};
 use crate::{Priority, RegionId};
 
 /// A region's place in the order of those that cover an address: the smallest is seen.
@@ -44,39 +43,22 @@ pub(crate) struct Seen {
     pub(crate) region: RegionId,
 }
 
-/// Of disjoint stretches, which `map` has by their first address, those that overlap
-/// `start..=last`, by address.
-pub(crate) fn overlapping<V>(
-    map: &BTreeMap<u64, V>,
-    start: u64,
-    last: u64,
-    last_of: impl Fn(&V) -> u64,
-) -> impl Iterator<Item = (u64, &V)> {
-    // Mostly there is none or one, and one search tells.
-    let highest = map.range(..=last).next_back();
-    let highest = highest.filter(|(_, value)| last_of(value) >= start);
-    let mut lower = Range::default();
-    if let Some((&at, _)) = highest.filter(|(at, _)| **at > start) {
-        lower = map.range(start..at);
-        let first = lower.clone().next().map_or(at, |(&first, _)| first);
-        let below = (first > start).then(|| map.range(..start).next_back());
-        if let Some((&below, _)) = below.flatten().filter(|(_, value)| last_of(value) >= start) {
-            lower = map.range(below..at);
-        }
+impl Stretch for Cell {
+    fn last(&self) -> u64 {
+        self.last
     }
-    lower.chain(highest).map(|(&at, value)| (at, value))
 }
 
 /// The cells, by their first address.
 #[derive(Debug, Default)]
 pub(crate) struct FlatView {
-    cells: BTreeMap<u64, Cell>,
+    cells: Stretches<Cell>,
 }
 
 impl FlatView {
     /// Puts a region over `start..=last`.
     pub(crate) fn insert(&mut self, start: u64, last: u64, rank: Rank) {
-        let below = self.cells.range(..=last).next_back();
+        let below = self.cells.at_or_below(last);
         if below.is_none_or(|(_, cell)| cell.last < start) {
             return self.insert_alone(start, last, rank);
         }
@@ -87,7 +69,7 @@ impl FlatView {
         let mut gaps: SmallVec<[(u64, u64); 4]> = SmallVec::new();
         // The first address that no cell has accounted for; none past the end of the space.
         let mut next = Some(start);
-        for (&cell_start, cell) in self.cells.range_mut(start..=last) {
+        for (cell_start, cell) in self.cells.starting_in_mut(start, last) {
             if let Some(next) = next.filter(|&next| next < cell_start) {
                 gaps.push((next, cell_start.wrapping_sub(1)));
             }
@@ -114,15 +96,12 @@ impl FlatView {
     /// Takes a region from `start..=last`, exactly where it was put.
     pub(crate) fn remove(&mut self, start: u64, last: u64, rank: Rank) {
         // Where it lies alone, no cell is left to be joined to another.
-        if let Entry::Occupied(cell) = self.cells.entry(start)
-            && cell.get().last == last
-            && *cell.get().stack == [rank]
-        {
-            cell.remove();
+        let alone = |cell: &Cell| cell.last == last && *cell.stack == [rank];
+        if self.cells.remove_if(start, alone).is_some() {
             return;
         }
         let mut emptied: SmallVec<[u64; 4]> = SmallVec::new();
-        for (&cell_start, cell) in self.cells.range_mut(start..=last) {
+        for (cell_start, cell) in self.cells.starting_in_mut(start, last) {
             if let Ok(place) = cell.stack.binary_search(&rank) {
                 cell.stack.remove(place);
             }
@@ -131,7 +110,7 @@ impl FlatView {
             }
         }
         for cell_start in emptied {
-            self.cells.remove(&cell_start);
+            self.cells.remove(cell_start);
         }
         // Two neighbours inside the range differed before and still do; only its ends may now
         // be equal to what lies outside.
@@ -143,7 +122,7 @@ impl FlatView {
 
     /// Makes `address` the start of a cell, if it lies within one.
     fn split_before(&mut self, address: u64) {
-        let Some((_, cell)) = self.cells.range_mut(..address).next_back() else {
+        let Some((_, cell)) = self.cells.below_mut(address) else {
             return;
         };
         if cell.last < address {
@@ -156,18 +135,18 @@ impl FlatView {
 
     /// Joins the cell that starts at `address` to its neighbour below, if their stacks are equal.
     fn join_before(&mut self, address: u64) {
-        let Some(cell) = self.cells.get(&address) else {
+        let Some(cell) = self.cells.get(address) else {
             return;
         };
-        let Some((_, below)) = self.cells.range(..address).next_back() else {
+        let Some((_, below)) = self.cells.below(address) else {
             return;
         };
         if below.last.checked_add(1) != Some(address) || below.stack != cell.stack {
             return;
         }
         let last = cell.last;
-        self.cells.remove(&address);
-        if let Some((_, below)) = self.cells.range_mut(..address).next_back() {
+        self.cells.remove(address);
+        if let Some((_, below)) = self.cells.below_mut(address) {
             below.last = last;
         }
     }
@@ -175,7 +154,9 @@ impl FlatView {
     /// What is seen in `start..=last`, by address, clipped to it. Neighbouring cells that show
     /// the same region are one.
     pub(crate) fn seen(&self, start: u64, last: u64) -> impl Iterator<Item = Seen> + '_ {
-        let mut cells = overlapping(&self.cells, start, last, |cell| cell.last)
+        let mut cells = self
+            .cells
+            .overlapping(start, last)
             .filter_map(move |(cell_start, cell)| {
                 Some(Seen {
                     start: cell_start.max(start),
@@ -198,15 +179,15 @@ impl FlatView {
 
 impl FlatView {
     /// Adds to `regions` all that lie in `start..=last`, seen or covered; some more than once.
-    pub(crate) fn lying_in(&self, start: u64, last: u64, regions: &mut Vec<RegionId>) {
-        for (_, cell) in overlapping(&self.cells, start, last, |cell| cell.last) {
+    pub(crate) fn lying_in(&self, start: u64, last: u64, regions: &mut impl Extend<RegionId>) {
+        for (_, cell) in self.cells.overlapping(start, last) {
             regions.extend(cell.stack.iter().map(|rank| rank.region));
         }
     }
 
     /// What is seen at `address`. The same region may be seen on either side, too.
     pub(crate) fn seen_at(&self, address: u64) -> Option<Seen> {
-        let (&start, cell) = self.cells.range(..=address).next_back()?;
+        let (start, cell) = self.cells.at_or_below(address)?;
         let region = cell.stack.first()?.region;
         (cell.last >= address).then_some(Seen {
             start,

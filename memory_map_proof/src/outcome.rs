@@ -44,14 +44,14 @@ impl Outcome {
     /// Whether a change was to be undone, and the error says that not all of it was.
     #[must_use]
     pub const fn undo_fell_short(&self) -> bool {
-        matches!(self.error, Some(ChangeError::UndoLostRam { .. }))
+        matches!(self.error, Some(ChangeError::UndoIncomplete { .. }))
     }
 
     /// Why a change was refused, whatever came of its undo.
     #[must_use]
     pub fn cause(&self) -> Option<&ChangeError> {
         let mut cause = self.error.as_ref()?;
-        while let ChangeError::UndoLostRam { cause: inner, .. } = cause {
+        while let ChangeError::UndoIncomplete { cause: inner, .. } = cause {
             cause = inner;
         }
         Some(cause)
@@ -62,7 +62,7 @@ impl Outcome {
     pub fn not_put_back(&self) -> Vec<(TargetName, IovaRange)> {
         let mut lost = Vec::new();
         let mut error = self.error.as_ref();
-        while let Some(ChangeError::UndoLostRam {
+        while let Some(ChangeError::UndoIncomplete {
             cause,
             target,
             range,

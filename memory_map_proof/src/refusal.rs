@@ -65,8 +65,10 @@ impl World {
         let state = self.kernel.state();
         let fired = |kind| state.fired.iter().any(|(k, _)| *k == kind);
         for (name, range) in outcome.not_put_back() {
-            let mut targets = self.targets.iter().map(|target| target.table);
-            let Some(at) = targets.find(|at| name == format!("t{at}").as_str().into()) else {
+            // One that was about to join may not have come in.
+            let Some(at) =
+                (0..state.tables.len()).find(|at| name == format!("t{at}").as_str().into())
+            else {
                 return Err(format!("{error} names no target"));
             };
             // Without a failure it can only be RAM that was tried again and is missing as before.

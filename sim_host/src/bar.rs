@@ -3,8 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use memory_map::{BackingObject, Errno, HostMapping};
+use memory_map::{BackingFile, BackingObject, Errno, HostMapping, NoFile};
 
+use crate::file::SimFile;
 use crate::physical::{PhysicalObject, Storage};
 use crate::ram::map_host;
 use crate::{OutOfBounds, SimHost};
@@ -66,6 +67,7 @@ pub struct SimBarArea {
     pub(crate) object: Arc<PhysicalObject>,
     pub(crate) offset: u64,
     pub(crate) size: u64,
+    pub(crate) dma_buf: SimFile,
 }
 
 impl BackingObject for SimBarArea {
@@ -77,6 +79,10 @@ impl BackingObject for SimBarArea {
     /// [`map_dma`](iommu::Type1Container::map_dma) that then finds nothing there.
     fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno> {
         map_host(&self.host, &self.object, self.offset, self.size)
+    }
+
+    fn file(&self) -> Result<BackingFile<'_>, NoFile> {
+        self.dma_buf.get()
     }
 }
 

@@ -31,6 +31,39 @@ pub enum Call {
     Reset,
     /// [`BackingObject::map_host`](memory_map::BackingObject::map_host).
     MapHost,
+    /// [`BackingObject::file`](memory_map::BackingObject::file) of a BAR, the first time.
+    ExportDmaBuf,
+    /// [`SimIoas::attach`](crate::SimIoas::attach).
+    IoasAttach,
+    /// [`IoAddressSpace::ranges`](iommu::IoAddressSpace::ranges).
+    IoasRanges,
+    /// [`IoAddressSpace::allow`](iommu::IoAddressSpace::allow).
+    IoasAllow,
+    /// [`IoAddressSpace::map_file`](iommu::IoAddressSpace::map_file).
+    MapFile,
+    /// [`IoAddressSpace::map`](iommu::IoAddressSpace::map).
+    IoasMap,
+    /// [`IoAddressSpace::copy`](iommu::IoAddressSpace::copy).
+    IoasCopy,
+    /// [`IoAddressSpace::unmap`](iommu::IoAddressSpace::unmap).
+    IoasUnmap,
+    /// [`IoAddressSpace::unmap_all`](iommu::IoAddressSpace::unmap_all).
+    IoasUnmapAll,
+    /// [`IoAddressSpace::huge_pages`](iommu::IoAddressSpace::huge_pages) and
+    /// [`set_huge_pages`](iommu::IoAddressSpace::set_huge_pages).
+    IoasOption,
+}
+
+/// A moment at which something else may happen on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CallPoint {
+    /// Before a call does anything.
+    Before(Call),
+    /// In the middle of [`Call::MapFile`] or [`Call::IoasCopy`]: what is to be mapped has been
+    /// found, and is not yet mapped.
+    Midway(Call),
+    /// When a call is over.
+    After(Call),
 }
 
 /// One call that was made, in order.

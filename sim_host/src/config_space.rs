@@ -1,6 +1,6 @@
 //! Config space as vfio-pci presents it: the BARs are virtual, the command register is real.
 
-use crate::function_spec::FunctionSpec;
+use crate::function_spec::{FunctionSpec, PowerManagement};
 use crate::gate::{COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY};
 
 const COMMAND: usize = 0x04;
@@ -10,6 +10,31 @@ const CAPABILITY_POINTER: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 /// The command bits that can be set: the three enables, parity, SERR, no INTx.
 const COMMAND_WRITABLE: u16 = COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | 0x0540;
+
+/// Where the capabilities lie that a specification asks for by name, before those of its list.
+const POWER_MANAGEMENT: usize = 0xc0;
+const EXPRESS: usize = 0xc8;
+const ADVANCED_FEATURES: usize = 0xf4;
+/// From power management to PMCSR.
+const PMCSR: usize = 4;
+const NO_SOFT_RESET: u8 = 1 << 3;
+/// From PCI Express to the upper byte of device control.
+const DEVICE_CONTROL_HIGH: usize = 9;
+const EXPRESS_FLR: u8 = 1 << 7;
+/// From advanced features to its control register.
+const AF_CONTROL: usize = 4;
+const AF_FLR: u8 = 1;
+
+/// What a write asks for, beyond the bytes that it leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Asked {
+    /// The command register's lower byte is written, with or without memory decoding.
+    pub memory: Option<bool>,
+    /// A power state, as PMCSR says it.
+    pub power: Option<u8>,
+    /// A function-level reset.
+    pub reset: bool,
+}
 
 /// One of the six registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,8 +67,13 @@ pub(crate) struct ConfigSpace {
     bytes: Vec<u8>,
     writable: Vec<u8>,
     command: u16,
+    /// As it was when the function went to D3hot.
+    saved_command: Option<u16>,
     registers: [Register; 6],
     written: [u32; 6],
+    has_power: bool,
+    express_flr: bool,
+    advanced_flr: bool,
 }
 
 impl ConfigSpace {
@@ -54,8 +84,12 @@ impl ConfigSpace {
             bytes: vec![0; size],
             writable: vec![0; size],
             command: spec.command,
+            saved_command: None,
             registers: [Register::None; 6],
             written: [0; 6],
+            has_power: spec.power_management.is_some(),
+            express_flr: spec.express_flr,
+            advanced_flr: spec.advanced_flr,
         };
         config.lay(0x00, &spec.vendor.to_le_bytes());
         config.lay(0x02, &spec.device.to_le_bytes());
@@ -72,6 +106,7 @@ impl ConfigSpace {
         }
         config.permit(INTERRUPT_LINE, &[0xff]);
         config.permit_msi();
+        config.lay_named(spec);
         for (index, bar) in spec.bars.iter().enumerate() {
             let (Some(bar), Some(address)) = (bar, addresses.get(index)) else {
                 continue;
@@ -113,6 +148,75 @@ impl ConfigSpace {
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         for (at, byte) in (usize::from(offset)..).zip(data) {
             self.set_byte(at, *byte);
+        }
+    }
+
+    /// What a write of `data` at `offset` asks for.
+    pub fn asked(&self, offset: u16, data: &[u8]) -> Asked {
+        let byte = |at: usize| {
+            let within = at.checked_sub(usize::from(offset))?;
+            data.get(within).copied()
+        };
+        let [memory, _] = COMMAND_MEMORY.to_le_bytes();
+        let power = byte(POWER_MANAGEMENT + PMCSR).filter(|_| self.has_power);
+        let express = byte(EXPRESS + DEVICE_CONTROL_HIGH).filter(|_| self.express_flr);
+        let advanced = byte(ADVANCED_FEATURES + AF_CONTROL).filter(|_| self.advanced_flr);
+        Asked {
+            memory: byte(COMMAND).map(|low| low & memory != 0),
+            power: power.map(|low| low & 3),
+            reset: express.is_some_and(|high| high & EXPRESS_FLR != 0)
+                || advanced.is_some_and(|low| low & AF_FLR != 0),
+        }
+    }
+
+    /// PMCSR says this state.
+    pub fn set_power(&mut self, state: u8) {
+        if let Some(low) = self.bytes.get_mut(POWER_MANAGEMENT + PMCSR) {
+            *low = (*low & !3) | (state & 3);
+        }
+    }
+
+    /// Whether the function keeps its registers on the way from D3hot to D0.
+    pub fn keeps_registers(&self) -> bool {
+        let low = self.bytes.get(POWER_MANAGEMENT + PMCSR);
+        low.is_some_and(|low| low & NO_SOFT_RESET != 0)
+    }
+
+    pub fn save_command(&mut self) {
+        self.saved_command = Some(self.command);
+    }
+
+    pub fn restore_command(&mut self) {
+        self.command = self.saved_command.take().unwrap_or(self.command);
+    }
+
+    /// Lays the capabilities that are asked for by name, before those of the list that is there.
+    fn lay_named(&mut self, spec: &FunctionSpec) {
+        let mut next = self.byte(CAPABILITY_POINTER);
+        let mut head = |config: &mut Self, at: usize, bytes: &[u8]| {
+            config.lay(at, bytes);
+            config.lay(at + 1, &[next]);
+            next = u8::try_from(at).unwrap_or(0);
+            config.lay(CAPABILITY_POINTER, &[next]);
+            let has_list = config.byte(0x06) | 0x10;
+            config.lay(0x06, &[has_list]);
+        };
+        if spec.advanced_flr {
+            // Six bytes; transactions pending and function-level reset.
+            head(self, ADVANCED_FEATURES, &[0x13, 0, 6, 3]);
+        }
+        if spec.express_flr {
+            // Version 2, an endpoint; bit 28 of device capabilities.
+            head(self, EXPRESS, &[0x10, 0, 2, 0, 0, 0, 0, 0x10]);
+            self.permit(EXPRESS + 8, &[0xff, 0x7f]);
+        }
+        if let Some(power) = spec.power_management {
+            let low = match power {
+                PowerManagement::NoSoftReset => NO_SOFT_RESET,
+                PowerManagement::SoftReset => 0,
+            };
+            // Version 3, D1 and D2.
+            head(self, POWER_MANAGEMENT, &[0x01, 0, 0x03, 0x06, low]);
         }
     }
 

@@ -86,7 +86,8 @@ impl SimContainer {
     /// group reserves leave what may be mapped. A group that has joined may join again.
     ///
     /// # Errors
-    /// `ENODEV` for a group that does not exist; `EBUSY` where it is in another container;
+    /// `ENODEV` for a group that does not exist; `EBUSY` where it is in another container, or
+    /// attached to an address space of an iommufd;
     /// `EINVAL` where mappings already lie in a range that it reserves.
     pub fn attach(&self, group: GroupId) -> io::Result<()> {
         let mut state = self.0.host.0.state.write();
@@ -97,6 +98,7 @@ impl SimContainer {
         match joins.container {
             Some(container) if container == self.0.id => return Ok(()),
             Some(_) => return refused(EBUSY),
+            None if joins.ioas.is_some() => return refused(EBUSY),
             None => {}
         }
         let reserved = joins.reserved.clone();

@@ -13,12 +13,15 @@ use crate::bar::SimBarArea;
 use crate::call::Call;
 use crate::config_space::ConfigSpace;
 use crate::edu::Edu;
+use crate::file::SimFile;
 use crate::function_spec::{BarSpec, Model};
 use crate::gate::Gate;
 use crate::host::State;
-use crate::log::{BusErrorCause, Violation};
+use crate::log::BusErrorCause;
 use crate::page::PAGE;
 use crate::physical::{BarOwner, PhysicalObject, Storage};
+use crate::reset::ResetMethod;
+use crate::revocations::{RevocationCause, Revocations};
 use crate::sparse::SparseMemory;
 use crate::{BarKind, FunctionSpec, GroupId, SimBar, SimHost};
 
@@ -30,22 +33,23 @@ fn refused<T>(errno: i32) -> io::Result<T> {
 }
 
 /// What is behind one BAR.
-struct Behind {
-    object: Arc<PhysicalObject>,
+pub(crate) struct Behind {
+    pub(crate) object: Arc<PhysicalObject>,
     io: bool,
     areas: Vec<HostBarArea>,
 }
 
 /// A function that is plugged in and lent out.
 pub struct SimFunction {
-    host: SimHost,
-    name: Arc<str>,
+    pub(crate) host: SimHost,
+    pub(crate) name: Arc<str>,
     group: GroupId,
-    gate: Arc<Gate>,
+    pub(crate) gate: Arc<Gate>,
     config_size: u16,
-    config: Mutex<ConfigSpace>,
-    bars: [Option<Behind>; 6],
-    resettable: bool,
+    pub(crate) config: Mutex<ConfigSpace>,
+    pub(crate) bars: [Option<Behind>; 6],
+    pub(crate) reset_method: ResetMethod,
+    pub(crate) revocations: Revocations,
     split_wide: bool,
 }
 
@@ -53,7 +57,7 @@ impl SimFunction {
     pub(crate) fn plug(host: &SimHost, spec: FunctionSpec) -> io::Result<Arc<Self>> {
         check(&spec)?;
         let name: Arc<str> = spec.name.as_str().into();
-        let gate = Arc::new(Gate::new(spec.command));
+        let gate = Arc::new(Gate::new(spec.command).of_virtual_function(spec.is_virtual));
         gate.set_gone(spec.gone);
         let mut state = host.0.state.write();
         if state.functions.contains_key(&name) {
@@ -104,6 +108,9 @@ impl SimFunction {
         }
         let group = join_group(&mut state, &spec);
         state.functions.insert(Arc::clone(&name), group);
+        if !gate.has_memory_enabled() {
+            state.dma_bufs.revoke(&name);
+        }
         drop(state);
         Ok(Arc::new(Self {
             host: host.clone(),
@@ -113,7 +120,8 @@ impl SimFunction {
             config_size: spec.config_size,
             config: Mutex::new(ConfigSpace::new(&spec, addresses)),
             bars,
-            resettable: spec.resettable,
+            reset_method: spec.reset,
+            revocations: Revocations::default(),
             split_wide: spec.split_wide,
         }))
     }
@@ -241,6 +249,7 @@ fn areas(host: &SimHost, object: &Arc<PhysicalObject>, bar: &BarSpec) -> Vec<Hos
                 object: Arc::clone(object),
                 offset: *offset,
                 size: *size,
+                dma_buf: SimFile::new(host, object, *offset, *size),
             }),
         })
         .collect()
@@ -287,11 +296,26 @@ impl HostFunction for SimFunction {
             if self.gate.is_gone() {
                 return Ok(());
             }
+            let asked = config.asked(offset, data);
+            if asked.memory == Some(false) {
+                self.revoke(RevocationCause::CommandWrite);
+            }
             let decoded = self.gate.decodes_memory();
             config.write(offset, data);
             self.gate.set_command(config.command());
             if decoded && !self.gate.decodes_memory() {
                 self.record_still_mapped(&state);
+            }
+            if asked.memory.is_some() {
+                self.restore();
+            }
+            if let Some(power) = asked.power {
+                self.set_power(&state, &mut config, power);
+            }
+            if asked.reset {
+                // The kernel keeps to itself whether it worked.
+                let cause = RevocationCause::FunctionLevelReset;
+                let _ = self.reset_function(&state, &mut config, self.reset_method, cause);
             }
             Ok(())
         })
@@ -337,38 +361,22 @@ impl HostFunction for SimFunction {
 
     fn reset(&self) -> io::Result<()> {
         self.host.call(Call::Reset, &self.name, None, || {
-            if !self.resettable {
+            if self.reset_method == ResetMethod::None {
                 return refused(ENOTTY);
             }
-            // VFIO restores config space after the reset, the command register with it.
-            for behind in self.bars.iter().flatten() {
-                if let Storage::Registers(registers) = &behind.object.storage {
-                    registers.reset();
-                }
-            }
-            Ok(())
+            let state = self.host.0.state.write();
+            let mut config = self.config.lock();
+            self.reset_function(
+                &state,
+                &mut config,
+                self.reset_method,
+                RevocationCause::Reset,
+            )
         })
     }
-}
 
-impl SimFunction {
-    /// Records what is still mapped of a function that has just stopped decoding memory.
-    fn record_still_mapped(&self, state: &State) {
-        let mut logs = self.host.0.logs.lock();
-        for (container, mapping) in state.mappings() {
-            let ours = mapping
-                .object
-                .owner
-                .as_ref()
-                .is_some_and(|owner| Arc::ptr_eq(&owner.gate, &self.gate));
-            if ours {
-                logs.violations.push(Violation::DecodingOffWhileMapped {
-                    container,
-                    iova: mapping.iova,
-                    object: Arc::clone(&mapping.object.label),
-                });
-            }
-        }
+    fn is_virtual(&self) -> bool {
+        self.gate.is_virtual()
     }
 }
 
@@ -377,6 +385,12 @@ impl Drop for SimFunction {
     fn drop(&mut self) {
         let mut state = self.host.0.state.write();
         state.functions.remove(&self.name);
+        state.dma_bufs.revoke(&self.name);
+        for group in state.groups.values_mut() {
+            if group.attached.remove(&self.name) && group.attached.is_empty() {
+                group.ioas = None;
+            }
+        }
         self.gate.set_gone(true);
     }
 }

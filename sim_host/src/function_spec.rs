@@ -6,6 +6,7 @@ use memory_map::IovaRange;
 use crate::GroupId;
 use crate::gate::COMMAND_MEMORY;
 use crate::page::PAGE;
+use crate::reset::ResetMethod;
 
 /// What a BAR's type bits say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +83,15 @@ pub(crate) enum Model {
     Edu,
 }
 
+/// Whether a function keeps its registers on the way from D3hot to D0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PowerManagement {
+    /// It does (*No_Soft_Reset*).
+    NoSoftReset,
+    /// It does not: it comes back as from a reset, and the kernel restores config space.
+    SoftReset,
+}
+
 /// A function to be plugged in.
 #[derive(Debug, Clone)]
 pub struct FunctionSpec {
@@ -95,7 +105,11 @@ pub struct FunctionSpec {
     pub(crate) raw: Vec<(u16, Vec<u8>)>,
     pub(crate) group: Option<GroupId>,
     pub(crate) reserved: Vec<IovaRange>,
-    pub(crate) resettable: bool,
+    pub(crate) reset: ResetMethod,
+    pub(crate) power_management: Option<PowerManagement>,
+    pub(crate) express_flr: bool,
+    pub(crate) advanced_flr: bool,
+    pub(crate) is_virtual: bool,
     pub(crate) gone: bool,
     pub(crate) split_wide: bool,
     pub(crate) model: Model,
@@ -120,7 +134,11 @@ impl FunctionSpec {
             raw: Vec::new(),
             group: None,
             reserved: Vec::new(),
-            resettable: false,
+            reset: ResetMethod::None,
+            power_management: None,
+            express_flr: false,
+            advanced_flr: false,
+            is_virtual: false,
             gone: false,
             split_wide: false,
             model: Model::Memory,
@@ -235,7 +253,50 @@ impl FunctionSpec {
     /// A function that can be reset.
     #[must_use]
     pub fn with_reset(mut self) -> Self {
-        self.resettable = true;
+        self.reset = ResetMethod::Works;
+        self
+    }
+
+    /// A function whose resets all fail with `errno`, having revoked what was mapped from it.
+    #[must_use]
+    pub fn with_failing_reset(mut self, errno: i32) -> Self {
+        self.reset = ResetMethod::Fails(errno);
+        self
+    }
+
+    /// Power management, with D1, D2 and D3hot.
+    #[must_use]
+    pub fn with_power_management(mut self, power_management: PowerManagement) -> Self {
+        self.power_management = Some(power_management);
+        self
+    }
+
+    /// A PCI Express capability with a function-level reset, which works.
+    #[must_use]
+    pub fn with_express_flr(mut self) -> Self {
+        self.express_flr = true;
+        self.works()
+    }
+
+    /// An advanced features capability with a function-level reset, which works.
+    #[must_use]
+    pub fn with_advanced_flr(mut self) -> Self {
+        self.advanced_flr = true;
+        self.works()
+    }
+
+    /// A virtual function: it decodes memory whatever its command register says, whose memory bit
+    /// the kernel makes up.
+    #[must_use]
+    pub fn of_virtual_function(mut self) -> Self {
+        self.is_virtual = true;
+        self
+    }
+
+    fn works(mut self) -> Self {
+        if self.reset == ResetMethod::None {
+            self.reset = ResetMethod::Works;
+        }
         self
     }
 

@@ -1,6 +1,7 @@
 //! The simulated host as a whole.
 
-use std::collections::BTreeMap;
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -10,14 +11,20 @@ use memory_map::{Access, Errno, Iova, IovaRange};
 use parking_lot::{Mutex, RwLock};
 
 use crate::address_space::AddressSpace;
-use crate::call::{Call, CallBook, CallRecord, Injected};
+use crate::call::{Call, CallBook, CallPoint, CallRecord, Injected};
+use crate::dma_buf::DmaBufs;
 use crate::domain::Domain;
+use crate::file::Files;
+use crate::ioas_state::{IoasKey, Ioases};
 use crate::log::{BusError, Fault, Logs, Violation};
 use crate::page::PAGE;
 use crate::physical::{PhysicalBus, PhysicalObject, Storage};
 use crate::sparse::SparseMemory;
 use crate::translation::BrokenTranslation;
-use crate::{ContainerId, FunctionSpec, GroupId, SimContainer, SimFunction, SimRam};
+use crate::{
+    ContainerId, FunctionSpec, GroupId, SimContainer, SimFunction, SimIoasMapping, SimIommufd,
+    SimRam,
+};
 
 /// What the host's IOMMU and its kernel can do.
 #[derive(Debug, Clone)]
@@ -86,6 +93,10 @@ pub struct SimMapping {
 #[derive(Debug, Default)]
 pub(crate) struct GroupState {
     pub container: Option<ContainerId>,
+    /// The address space of an iommufd that it shares; then it is in no container.
+    pub ioas: Option<IoasKey>,
+    /// Which of its functions are attached to that.
+    pub attached: BTreeSet<Arc<str>>,
     /// What its functions reserve.
     pub reserved: Vec<IovaRange>,
 }
@@ -103,6 +114,9 @@ pub(crate) struct State {
     pub space: AddressSpace,
     pub bus: PhysicalBus,
     pub containers: BTreeMap<ContainerId, ContainerState>,
+    pub ioases: Ioases,
+    pub dma_bufs: Arc<DmaBufs>,
+    pub files: Files,
     pub groups: BTreeMap<GroupId, GroupState>,
     /// Which functions there are, and which group each is in.
     pub functions: BTreeMap<Arc<str>, GroupId>,
@@ -154,6 +168,17 @@ pub(crate) struct HostInner {
     pub state: RwLock<State>,
     pub logs: Mutex<Logs>,
     pub calls: Mutex<CallBook>,
+    hook: Mutex<Option<Arc<Hook>>>,
+    /// The state's, for those who have it locked.
+    pub dma_bufs: Arc<DmaBufs>,
+}
+
+/// What happens at the points that calls reach.
+type Hook = dyn Fn(CallPoint) + Send + Sync;
+
+thread_local! {
+    /// Whether this thread is in a hook: what that does reaches no points of its own.
+    static IN_HOOK: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A simulated host. Clones are handles on the same host.
@@ -173,12 +198,16 @@ impl SimHost {
     #[must_use]
     pub fn new(spec: HostSpec) -> Self {
         let locked_limit = spec.locked_limit;
+        let dma_bufs = Arc::new(DmaBufs::default());
         Self(Arc::new(HostInner {
             spec,
             state: RwLock::new(State {
                 space: AddressSpace::new(),
                 bus: PhysicalBus::new(),
                 containers: BTreeMap::new(),
+                ioases: Ioases::default(),
+                dma_bufs: Arc::clone(&dma_bufs),
+                files: Files::default(),
                 groups: BTreeMap::new(),
                 functions: BTreeMap::new(),
                 locked_limit,
@@ -189,6 +218,8 @@ impl SimHost {
             }),
             logs: Mutex::default(),
             calls: Mutex::default(),
+            hook: Mutex::default(),
+            dma_bufs,
         }))
     }
 
@@ -216,6 +247,14 @@ impl SimHost {
         });
         state.bus.add(&object);
         Ok(SimRam::new(self.clone(), object))
+    }
+
+    /// The same, but in no file: it can only be mapped by its host address.
+    ///
+    /// # Errors
+    /// As for [`ram`](Self::ram).
+    pub fn anonymous_ram(&self, size: u64) -> io::Result<SimRam> {
+        Ok(self.ram(size)?.without_file())
     }
 
     /// Plugs a function in.
@@ -248,12 +287,50 @@ impl SimHost {
         Ok(container)
     }
 
+    /// Opens an iommufd.
+    #[must_use]
+    pub fn open_iommufd(&self) -> SimIommufd {
+        SimIommufd::new(self.clone())
+    }
+
+    /// Has `hook` be called at every point that a call reaches, with no lock of the host's held;
+    /// nothing for no hook. What the hook itself does reaches no points.
+    pub fn set_hook(&self, hook: Option<Arc<dyn Fn(CallPoint) + Send + Sync>>) {
+        *self.0.hook.lock() = hook;
+    }
+
+    /// Revokes a function's dma-bufs, as a reset does whose beginning was all that happened of
+    /// it.
+    pub fn revoke_dma_bufs(&self, function: &SimFunction) {
+        let state = self.0.state.write();
+        state.dma_bufs.revoke(&function.name);
+    }
+
+    /// Has a function's dma-bufs be mapped again, as when a reset is over.
+    pub fn restore_dma_bufs(&self, function: &SimFunction) {
+        let state = self.0.state.write();
+        state.dma_bufs.restore(&function.name);
+    }
+
     /// Sets how many bytes may be pinned from now on (`RLIMIT_MEMLOCK`); nothing for no limit.
     pub fn set_locked_limit(&self, bytes: Option<u64>) {
         self.0.state.write().locked_limit = bytes;
     }
 
-    /// How many bytes are pinned.
+    /// How many bytes iommufd has pinned. It counts apart from type1.
+    #[must_use]
+    pub fn iommufd_locked_bytes(&self) -> u64 {
+        let pages = self.0.state.read().pinned_pages(None, &[]);
+        pages.saturating_mul(PAGE)
+    }
+
+    /// All mappings in all address spaces of all iommufds.
+    #[must_use]
+    pub fn ioas_mappings(&self) -> Vec<SimIoasMapping> {
+        self.0.state.read().all_ioas_mappings()
+    }
+
+    /// How many bytes are pinned by containers.
     #[must_use]
     pub fn locked_bytes(&self) -> u64 {
         self.0.state.read().locked_pages().saturating_mul(PAGE)
@@ -264,7 +341,7 @@ impl SimHost {
         self.0.state.write().broken = how;
     }
 
-    /// All mappings in all containers.
+    /// All mappings in all containers; [`ioas_mappings`](Self::ioas_mappings) has the others.
     #[must_use]
     pub fn mappings(&self) -> Vec<SimMapping> {
         self.0
@@ -378,6 +455,7 @@ impl SimHost {
         iova: Option<IovaRange>,
         work: impl FnOnce() -> io::Result<T>,
     ) -> io::Result<T> {
+        self.reach_point(CallPoint::Before(call));
         let injected = self.0.calls.lock().begin(call);
         let result = match injected {
             None => work(),
@@ -386,7 +464,21 @@ impl SimHost {
         };
         let outcome = result.as_ref().map(|_| ());
         self.0.calls.lock().record(call, on, iova, outcome);
+        self.reach_point(CallPoint::After(call));
         result
+    }
+
+    /// Lets happen what is to happen at this point.
+    pub(crate) fn reach_point(&self, point: CallPoint) {
+        if IN_HOOK.get() {
+            return;
+        }
+        let hook = self.0.hook.lock().clone();
+        if let Some(hook) = hook {
+            IN_HOOK.set(true);
+            hook(point);
+            IN_HOOK.set(false);
+        }
     }
 }
 

@@ -1,17 +1,19 @@
 //! A simulated host: an IOMMU that enforces, and PCI functions behind it.
 //!
-//! It needs no privileges, no hardware and nothing of the operating system. [`SimHost`] makes
+//! It needs no privileges and no hardware, and of the operating system only memfds, for iommufd. [`SimHost`] makes
 //! everything else: [`SimRam`], which stands for the guest's memory; [`SimFunction`], a PCI
 //! function that implements [`HostFunction`](assigned_pci::HostFunction); [`SimContainer`], a VFIO
-//! container that implements [`Type1Container`](iommu::Type1Container).
+//! container that implements [`Type1Container`](iommu::Type1Container); [`SimIoas`], an address
+//! space of an iommufd that implements [`IoAddressSpace`](iommu::IoAddressSpace).
 //!
 //! ```text
 //!   SimFunction --- DMA at an IOVA ---> its group's SimContainer --- page by page ---> SimRam,
-//!    (edu)                               or a Fault                                    or a BAR,
+//!    (edu)                               or SimIoas, or a Fault                        or a BAR,
 //!                                                                                      or a BusError
 //! ```
 //!
-//! Host addresses are plain numbers that stand for memory only in here. What the code under test
+//! Host addresses are plain numbers that stand for memory only in here; files are real memfds, made
+//! when they are asked for and never written, that stand for RAM or a BAR. What the code under test
 //! must never do, such as giving back memory that a device can still reach, is recorded as a
 //! [`Violation`]; every test that uses the simulated host should find
 //! [`SimHost::violations`] empty at its end.
@@ -39,26 +41,36 @@ mod bar;
 mod call;
 mod config_space;
 mod container;
+mod dma_buf;
 mod domain;
 mod edu;
+mod file;
 mod function;
 mod function_spec;
 mod gate;
 mod host;
+mod io_page_table;
+mod ioas_state;
+mod iommufd;
 mod log;
 mod page;
 mod physical;
 mod ram;
+mod reset;
+mod revocations;
 mod sparse;
 mod translation;
 
 pub use bar::{SimBar, SimBarArea};
-pub use call::{Call, CallRecord};
+pub use call::{Call, CallPoint, CallRecord};
 pub use container::{ContainerId, GroupId, SimContainer};
 pub use function::SimFunction;
-pub use function_spec::{BarKind, BarSpec, FunctionSpec};
+pub use function_spec::{BarKind, BarSpec, FunctionSpec, PowerManagement};
 pub use host::{HostSpec, SimHost, SimMapping};
+pub use iommufd::{SimIoas, SimIoasMapping, SimIommufd};
 pub use log::{BusError, BusErrorCause, Fault, FaultCause, Violation};
 pub use ram::SimRam;
+pub use reset::SimBus;
+pub use revocations::{Revocation, RevocationCause};
 pub use sparse::OutOfBounds;
 pub use translation::BrokenTranslation;

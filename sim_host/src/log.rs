@@ -28,8 +28,10 @@ pub enum FaultCause {
     NotMapped,
     /// What is mapped there is read-only.
     ReadOnly,
-    /// The function's group is in no container.
+    /// The function's group is in no container, and attached to no address space of an iommufd.
     NoContainer,
+    /// What is mapped there is a dma-buf's that was revoked: dead, until it is mapped anew.
+    Revoked,
 }
 
 impl fmt::Display for Fault {
@@ -44,6 +46,7 @@ impl fmt::Display for Fault {
                 FaultCause::NotMapped => "not mapped",
                 FaultCause::ReadOnly => "mapped read-only",
                 FaultCause::NoContainer => "its group is in no container",
+                FaultCause::Revoked => "what is mapped was revoked",
             }
         )
     }

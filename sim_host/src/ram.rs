@@ -5,9 +5,10 @@ use std::io;
 use std::sync::Arc;
 
 use libc::ENOMEM;
-use memory_map::{BackingObject, Errno, HostMapping, HostVa};
+use memory_map::{BackingFile, BackingObject, Errno, HostMapping, HostVa, NoFile};
 
 use crate::call::Call;
+use crate::file::SimFile;
 use crate::log::Violation;
 use crate::physical::{PhysicalObject, Storage};
 use crate::{OutOfBounds, SimHost};
@@ -18,11 +19,22 @@ use crate::{OutOfBounds, SimHost};
 pub struct SimRam {
     host: SimHost,
     object: Arc<PhysicalObject>,
+    file: Option<Arc<SimFile>>,
 }
 
 impl SimRam {
     pub(crate) fn new(host: SimHost, object: Arc<PhysicalObject>) -> Self {
-        Self { host, object }
+        let file = SimFile::new(&host, &object, 0, object.size());
+        Self {
+            file: Some(Arc::new(file)),
+            host,
+            object,
+        }
+    }
+
+    pub(crate) fn without_file(mut self) -> Self {
+        self.file = None;
+        self
     }
 
     /// Its name in logs and records.
@@ -61,6 +73,10 @@ impl BackingObject for SimRam {
 
     fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno> {
         map_host(&self.host, &self.object, 0, self.object.size())
+    }
+
+    fn file(&self) -> Result<BackingFile<'_>, NoFile> {
+        self.file.as_ref().ok_or(NoFile::Anonymous)?.get()
     }
 }
 

@@ -9,6 +9,8 @@ use parking_lot::RwLockReadGuard;
 use memory_map::{Access, Iova};
 
 use crate::host::{HostInner, State};
+use crate::io_page_table::Source;
+use crate::ioas_state::IoasKey;
 use crate::log::{BusError, BusErrorCause, Fault, FaultCause, Violation};
 use crate::page::pieces;
 use crate::physical::PhysicalObject;
@@ -52,10 +54,14 @@ impl State {
                 return answered(object, offset);
             }
         };
-        let domain = self
+        let group = self
             .functions
             .get(function)
-            .and_then(|group| self.groups.get(group))
+            .and_then(|group| self.groups.get(group));
+        if let Some(ioas) = group.and_then(|group| group.ioas) {
+            return self.reach_by_ioas(ioas, iova, write);
+        }
+        let domain = group
             .and_then(|group| group.container)
             .and_then(|container| self.containers.get(&container))
             .and_then(|container| container.domain.as_ref())
@@ -74,6 +80,39 @@ impl State {
             Arc::clone(&mapping.object),
             mapping.offset.wrapping_add(into),
         )
+    }
+}
+
+impl State {
+    /// The same through an address space of an iommufd.
+    fn reach_by_ioas(
+        &self,
+        ioas: IoasKey,
+        iova: Iova,
+        write: bool,
+    ) -> Result<(Arc<PhysicalObject>, u64), Lost> {
+        let area = self
+            .ioas(ioas)
+            .ok()
+            .and_then(|table| table.find(iova))
+            .ok_or(Lost::Fault(FaultCause::NotMapped))?;
+        if self.is_dead(area) {
+            return Err(Lost::Fault(FaultCause::Revoked));
+        }
+        if write && area.access == Access::ReadOnly {
+            return Err(Lost::Fault(FaultCause::ReadOnly));
+        }
+        if let Source::Address(window) = area.pages.source
+            && !self.space.is_live(window)
+        {
+            return Err(Lost::Freed);
+        }
+        let Some(object) = &area.pages.object else {
+            return Err(Lost::Fault(FaultCause::NotMapped));
+        };
+        let into = iova.raw().wrapping_sub(area.iova.start().raw());
+        let offset = area.pages.offset.wrapping_add(area.start);
+        answered(Arc::clone(object), offset.wrapping_add(into))
     }
 }
 

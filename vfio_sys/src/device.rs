@@ -1,9 +1,9 @@
 //! An open device.
 //!
 //! [`Group::open_device`](crate::Group::open_device) makes a [`Device`], or it is made from an fd
-//! that was handed in. Its regions and their mappings share its file; in the kernel, that file
-//! holds the group's, and the group the container, so the order in which they are closed is of no
-//! account.
+//! that was handed in, or [`Cdev::bind`](crate::Cdev::bind) does. Its regions and their mappings
+//! share its file. In the kernel, that file holds the group's, and the group the container; or the
+//! iommufd that it is bound to. So the order in which they are closed is of no account.
 
 use std::fs::File;
 use std::io;
@@ -14,9 +14,10 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_CAPS, VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, vfio_device_info,
 };
 
+use crate::cdev::Binding;
 use crate::info_chain::{ChainError, InfoBuffer, InfoError, InfoLayout};
-use crate::ioctls;
 use crate::region::{self, Region, RegionIndex, RegionInfo};
+use crate::{CdevError, ioctls};
 
 const CAP_OFFSET: usize = std::mem::offset_of!(vfio_device_info, cap_offset);
 const LAYOUT: InfoLayout = InfoLayout {
@@ -42,6 +43,12 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
+    /// Asks the kernel.
+    fn of(device: BorrowedFd<'_>) -> Result<Self, InfoError> {
+        let buffer = InfoBuffer::fetch(LAYOUT, None, |info| ioctls::device_get_info(device, info))?;
+        Ok(Self::parse(&buffer)?)
+    }
+
     fn parse(buffer: &InfoBuffer) -> Result<Self, ChainError> {
         let capabilities = buffer.capabilities(LAYOUT)?;
         Ok(Self {
@@ -71,10 +78,12 @@ impl DeviceInfo {
     }
 }
 
-/// An open device (Linux 3.6, `linux/vfio.h`). It is given back when this value, its regions and all mappings of them are
-/// dropped.
+/// An open device (Linux 3.6, `linux/vfio.h`). It is given back when this value, its regions and
+/// all mappings of them are dropped.
 #[derive(Debug)]
 pub struct Device {
+    /// Goes first: it detaches the device.
+    binding: Option<Binding>,
     file: Arc<File>,
     info: DeviceInfo,
 }
@@ -86,13 +95,30 @@ impl Device {
     /// [`InfoError`] where the fd is no device of VFIO's (`ENOTTY`), or not attached to an IOMMU
     /// yet (`EINVAL`).
     pub fn from_fd(fd: OwnedFd) -> Result<Self, InfoError> {
-        let buffer = InfoBuffer::fetch(LAYOUT, None, |info| {
-            ioctls::device_get_info(fd.as_fd(), info)
-        })?;
         Ok(Self {
-            info: DeviceInfo::parse(&buffer)?,
+            info: DeviceInfo::of(fd.as_fd())?,
             file: Arc::new(File::from(fd)),
+            binding: None,
         })
+    }
+
+    /// A device that has just been bound to an iommufd.
+    pub(crate) fn bound(file: Arc<File>, binding: Binding) -> Result<Self, CdevError> {
+        match DeviceInfo::of(file.as_fd()) {
+            Ok(info) => Ok(Self {
+                binding: Some(binding),
+                file,
+                info,
+            }),
+            Err(source) => Err(CdevError::Info {
+                name: binding.name.clone(),
+                source,
+            }),
+        }
+    }
+
+    pub(crate) const fn binding(&self) -> Option<&Binding> {
+        self.binding.as_ref()
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {

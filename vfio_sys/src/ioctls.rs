@@ -25,7 +25,7 @@ use crate::info_chain::InfoBuffer;
 use crate::irq::IrqSet;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + number)`. The header uses no other form: the length is in `argsz`.
-const fn request(number: u32) -> libc::Ioctl {
+pub(crate) const fn request(number: u32) -> libc::Ioctl {
     libc::_IO(VFIO_TYPE as u32, VFIO_BASE + number)
 }
 
@@ -46,7 +46,7 @@ pub(crate) const IOMMU_MAP_DMA: libc::Ioctl = request(13);
 pub(crate) const IOMMU_UNMAP_DMA: libc::Ioctl = request(14);
 
 /// What an ioctl returned, or its errno.
-fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
+pub(crate) fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -234,7 +234,7 @@ pub(crate) fn iommu_unmap_dma(
     clippy::cast_possible_truncation,
     reason = "there is no fallible conversion in a constant; the assertion stands in for it"
 )]
-const fn argsz<T>() -> u32 {
+pub(crate) const fn argsz<T>() -> u32 {
     assert!(size_of::<T>() <= u32::MAX as usize);
     size_of::<T>() as u32
 }

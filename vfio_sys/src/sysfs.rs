@@ -143,13 +143,16 @@ impl Sysfs {
         Ok(members)
     }
 
-    /// The number of a function's group, once everything is as it must be for the group to be
-    /// opened.
+    /// Where device files are.
+    pub(crate) fn dev(&self) -> &Path {
+        &self.dev
+    }
+
+    /// The number of a function's group, once an IOMMU is behind the function and VFIO has it.
     ///
     /// # Errors
-    /// [`OpenError`], in this order: there is no such function, no IOMMU, VFIO does not have it,
-    /// VFIO's file is missing.
-    pub fn check(&self, bdf: Bdf) -> Result<u32, OpenError> {
+    /// [`OpenError`], in this order: there is no such function, no IOMMU, VFIO does not have it.
+    pub(crate) fn check_bound(&self, bdf: Bdf) -> Result<u32, OpenError> {
         let function = self.function(bdf)?;
         // Without an IOMMU it could not be bound either, so this comes first.
         let Some(group) = function.group else {
@@ -162,6 +165,17 @@ impl Sysfs {
                 sys: self.sys.clone(),
             });
         }
+        Ok(group)
+    }
+
+    /// The number of a function's group, once everything is as it must be for the group to be
+    /// opened.
+    ///
+    /// # Errors
+    /// [`OpenError`], in this order: there is no such function, no IOMMU, VFIO does not have it,
+    /// VFIO's file is missing.
+    pub fn check(&self, bdf: Bdf) -> Result<u32, OpenError> {
+        let group = self.check_bound(bdf)?;
         let path = self.container_path();
         fs::metadata(&path).map_err(|source| OpenError::of_container_file(&path, source))?;
         Ok(group)

@@ -2,6 +2,7 @@ use std::os::unix::fs::symlink;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
+use crate::{CdevError, IommufdError};
 
 /// A made-up host in a temporary directory, which goes when it is dropped.
 struct FakeHost {
@@ -190,4 +191,35 @@ fn a_group_whose_number_is_none() {
     symlink("../../kernel/iommu_groups/twelve", path.join("iommu_group")).unwrap();
     let error = host.sysfs().check(bdf).unwrap_err();
     assert!(matches!(error, OpenError::Sysfs { .. }), "{error:?}");
+}
+
+#[test]
+fn a_character_device_is_found_by_its_function() {
+    let host = FakeHost::new();
+    let bdf = host.function("0000:00:05.0", Some("vfio-pci"), Some(7));
+    let error = host.sysfs().cdev_path(bdf).unwrap_err();
+    assert!(matches!(error, CdevError::NoCdev { .. }), "{error:?}");
+    let directory = host.sysfs().function_path(bdf).join("vfio-dev/vfio3");
+    fs::create_dir_all(&directory).unwrap();
+    // As without CONFIG_VFIO_DEVICE_CDEV.
+    let error = host.sysfs().cdev_path(bdf).unwrap_err();
+    assert!(matches!(error, CdevError::NoCdev { .. }), "{error:?}");
+    fs::write(directory.join("dev"), "511:0").unwrap();
+    let path = host.sysfs().cdev_path(bdf).unwrap();
+    assert!(path.ends_with("dev/vfio/devices/vfio3"), "{path:?}");
+    let error = host.sysfs().open_cdev(bdf).unwrap_err();
+    assert!(matches!(error, CdevError::NoFile { .. }), "{error:?}");
+}
+
+#[test]
+fn a_function_that_vfio_does_not_have_has_no_character_device() {
+    let host = FakeHost::new();
+    let bdf = host.function("0000:00:05.0", Some("nvme"), Some(7));
+    let error = host.sysfs().cdev_path(bdf).unwrap_err();
+    assert!(
+        matches!(error, CdevError::Open(OpenError::NotBound { .. })),
+        "{error:?}"
+    );
+    let error = host.sysfs().open_iommufd().unwrap_err();
+    assert!(matches!(error, IommufdError::Missing { .. }), "{error:?}");
 }

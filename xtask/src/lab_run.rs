@@ -17,6 +17,9 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
 /// Boots a machine, runs the command and gives its exit status.
 pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let spec = Spec {
+        iommu: args.iommu,
+        disks: args.disks.clone(),
+        kernel_options: args.kernel_options.clone(),
         objects: args.objects.clone(),
         devices: args.devices.clone(),
         files: guest_files(&args.files)?,

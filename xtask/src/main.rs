@@ -7,11 +7,12 @@ mod lab_test;
 mod tool;
 mod workspace;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use lab::kernel::KernelChoice;
+use lab::disk::Disk;
+use lab::kernel::{KernelChoice, OwnKernel};
+use lab::spec::Iommu;
 
 /// The workspace's chores.
 #[derive(Debug, Parser)]
@@ -36,10 +37,12 @@ enum Chore {
     /// The nested machine: QEMU, a real kernel, a real IOMMU driver.
     ///
     /// What it needs (QEMU, a stock kernel, a shell; about 150 MB of packages) is fetched with apt
-    /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. Nothing
-    /// is installed, and no privileges are needed.
+    /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. A second
+    /// kernel, `iommufd`, is built there from Debian's source package (170 MB, gone when it is
+    /// built; 2 GB of disk and some ten minutes on two processors, once). Nothing is installed, and
+    /// no privileges are needed; building wants gcc on the PATH.
     #[command(subcommand)]
-    Lab(LabChore),
+    Lab(Box<LabChore>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -52,18 +55,27 @@ enum LabChore {
     /// Ends with the command's exit status (128 and the signal's number if a signal ended it, 127 if
     /// there is no such program), or with 125 if the machine could not be had, died, or took too
     /// long.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Runs the lab's scenarios.
     Test(TestArgs),
-    /// Fetches what the lab needs into the cache, and does nothing else.
-    Fetch,
+    /// Fetches and builds what the lab needs into the cache, and does nothing else.
+    Fetch(FetchArgs),
+}
+
+/// What `lab fetch` is told.
+#[derive(Debug, Args)]
+struct FetchArgs {
+    /// Only this kernel; else both.
+    #[arg(long, value_name = "stock|iommufd")]
+    kernel: Option<OwnKernel>,
 }
 
 /// What `lab run` is told.
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Debian's kernel, or an image (bzImage or vmlinux) with everything built in.
-    #[arg(long, value_name = "stock|PATH", default_value = "stock")]
+    /// Debian's kernel (VFIO by groups), the one the lab builds (cdev, iommufd and dma-bufs as well;
+    /// see lab/kernel/iommufd.config), or an image (bzImage or vmlinux) with everything built in.
+    #[arg(long, value_name = "stock|iommufd|PATH", default_value = "stock")]
     kernel: KernelChoice,
     /// A QEMU object, as after QEMU's -object. May be repeated.
     #[arg(long = "object", value_name = "QEMU-OBJECT")]
@@ -71,6 +83,16 @@ struct RunArgs {
     /// A QEMU device, as after QEMU's -device. May be repeated.
     #[arg(long = "device", value_name = "QEMU-DEVICE")]
     devices: Vec<String>,
+    /// A disk for a device that names it as its drive (nvme,drive=ID), of so many MiB. Its words
+    /// hold their own offsets, see lab::disk. May be repeated.
+    #[arg(long = "disk", value_name = "ID=MIB")]
+    disks: Vec<Disk>,
+    /// The machine's IOMMU.
+    #[arg(long, value_name = "intel|intel-39-bit|amd", default_value = "intel")]
+    iommu: Iommu,
+    /// An option for the kernel's command line. May be repeated.
+    #[arg(long = "kernel-option", value_name = "OPTION")]
+    kernel_options: Vec<String>,
     /// A file for the nested machine; at /lab/files under its own name unless GUEST, an absolute
     /// path, says otherwise. May be repeated.
     #[arg(long = "file", value_name = "HOST[:GUEST]")]
@@ -92,13 +114,26 @@ struct RunArgs {
 /// What `lab test` is told.
 #[derive(Debug, Args)]
 struct TestArgs {
-    /// Only scenarios whose name contains this.
+    /// Only scenarios whose name contains this. A scenario's name ends with `@iommufd` where it runs
+    /// on that kernel; many run on both.
     filter: Option<String>,
+    /// Only scenarios on this kernel.
+    #[arg(long, value_name = "stock|iommufd")]
+    kernel: Option<OwnKernel>,
     /// List them instead of running them.
     #[arg(long)]
     list: bool,
     #[command(flatten)]
     strictness: Strictness,
+}
+
+impl TestArgs {
+    fn choice(&self) -> lab_test::Choice {
+        lab_test::Choice {
+            filter: self.filter.clone(),
+            kernel: self.kernel,
+        }
+    }
 }
 
 /// What a skip counts for.
@@ -131,18 +166,18 @@ fn main() -> ExitCode {
     let result = match Cli::parse().chore {
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Test(strictness) => test(strictness),
-        Chore::Lab(LabChore::Run(args)) => {
-            return lab_run::run(&args).unwrap_or_else(|error| {
-                complain(&error);
-                ExitCode::from(OWN_ERROR)
-            });
-        }
-        Chore::Lab(LabChore::Test(args)) => lab_test::test(
-            args.filter.as_deref(),
-            args.list,
-            args.strictness.refuses_skips(),
-        ),
-        Chore::Lab(LabChore::Fetch) => fetch(),
+        Chore::Lab(chore) => match *chore {
+            LabChore::Run(args) => {
+                return lab_run::run(&args).unwrap_or_else(|error| {
+                    complain(&error);
+                    ExitCode::from(OWN_ERROR)
+                });
+            }
+            LabChore::Test(args) => {
+                lab_test::test(&args.choice(), args.list, args.strictness.refuses_skips())
+            }
+            LabChore::Fetch(args) => fetch(args.kernel),
+        },
     };
     result.unwrap_or_else(|error| {
         complain(&error);
@@ -154,10 +189,14 @@ fn test(strictness: Strictness) -> anyhow::Result<ExitCode> {
     check::check()?;
     workspace::cargo(&["test", "--workspace", "--locked"], &[])?;
     interleavings()?;
-    lab_test::test(None, false, strictness.refuses_skips())
+    lab_test::test(
+        &lab_test::Choice::default(),
+        false,
+        strictness.refuses_skips(),
+    )
 }
 
-/// The map's threads under a model checker, in a build folder of their own: everything below is
+/// The map's threads and the cut-off's under a model checker, in a build folder of their own: everything below is
 /// built with another configuration.
 fn interleavings() -> anyhow::Result<()> {
     let folder = workspace::target()?.join("shuttle");
@@ -168,6 +207,8 @@ fn interleavings() -> anyhow::Result<()> {
         "--locked",
         "--package",
         "memory_map",
+        "--package",
+        "assigned_pci",
         "--test",
         "interleavings",
     ];
@@ -178,13 +219,18 @@ fn interleavings() -> anyhow::Result<()> {
     workspace::cargo(&arguments, &environment)
 }
 
-fn fetch() -> anyhow::Result<ExitCode> {
+fn fetch(only: Option<OwnKernel>) -> anyhow::Result<ExitCode> {
     let cache = lab::cache::Cache::from_environment()?;
-    let (qemu, kernel, shell) = lab::parts::fetch(&cache, &KernelChoice::Stock)?;
-    println!("QEMU    {}", qemu.version);
-    println!("kernel  {}", kernel.description);
-    println!("shell   {}", shell.display());
-    println!("cache   {}", PathBuf::from(cache.root()).display());
+    for kernel in OwnKernel::ALL {
+        if only.is_some_and(|only| only != kernel) {
+            continue;
+        }
+        let (qemu, got, shell) = lab::parts::fetch(&cache, &KernelChoice::Own(kernel))?;
+        println!("QEMU    {}", qemu.version);
+        println!("kernel  {}: {}", kernel.name(), got.description);
+        println!("shell   {}", shell.display());
+    }
+    println!("cache   {}", cache.root().display());
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,5 +1,5 @@
 //! Any sequence of writes, of any width and in any order, against a model that knows nothing but
-//! bytes: which BAR is visible where.
+//! bytes and power states: which BAR is visible where.
 
 use std::collections::BTreeSet;
 
@@ -21,6 +21,57 @@ enum Act {
     Touch(usize, u64),
     /// The embedder resets the function.
     Reset,
+    /// The embedder says that mappings may be dead.
+    Again,
+}
+
+/// A function: its BARs, and what decides whether they are seen.
+#[derive(Debug)]
+struct Whole {
+    bars: Vec<Model>,
+    /// The memory bit of the command register.
+    memory: bool,
+    /// As PMCSR says it.
+    power: u8,
+    no_soft_reset: bool,
+}
+
+impl Whole {
+    fn decodes(&self) -> bool {
+        self.memory && self.power == 0
+    }
+
+    fn reset(&mut self) {
+        self.memory = false;
+        self.power = 0;
+        for bar in &mut self.bars {
+            bar.bytes.fill(0);
+            bar.down = None;
+        }
+    }
+
+    /// After something that may have changed whether it decodes, from `before`.
+    fn decoding_changed(&mut self, before: bool) {
+        let now = self.decodes();
+        for bar in &mut self.bars {
+            if now && !before {
+                bar.settle();
+            } else if !now {
+                bar.down = None;
+            }
+        }
+    }
+
+    fn set_power(&mut self, wanted: u8) {
+        let (before, decoded) = (self.power, self.decodes());
+        if wanted == 0 || wanted > before {
+            self.power = wanted;
+        }
+        if before == 3 && self.power == 0 && !self.no_soft_reset {
+            self.reset();
+        }
+        self.decoding_changed(decoded);
+    }
 }
 
 /// A memory BAR: its bytes, and what was written of them.
@@ -118,9 +169,10 @@ impl BackingObject for Pages {
 }
 
 /// A function with BARs of three kinds, above RAM at 0.
-fn bench() -> (Bench, Vec<Model>, RegionId) {
+fn bench(no_soft_reset: bool) -> (Bench, Whole, RegionId) {
     let bench = Bench::new(
         FakeHost::new()
+            .with_controls(no_soft_reset)
             .whole_bar(0, MEMORY_32, 0x1_0000)
             .bar(1, IO, 0x20, &[])
             .whole_bar(2, MEMORY_64_PREFETCHABLE, 0x1000)
@@ -150,12 +202,18 @@ fn bench() -> (Bench, Vec<Model>, RegionId) {
         bytes: vec![0; width],
         down: None,
     };
-    let models = vec![
+    let bars = vec![
         model(0, 0x1_0000, 4),
         model(2, 0x1000, 8),
         model(4, 0x2_0000, 8),
     ];
-    (bench, models, ram)
+    let whole = Whole {
+        bars,
+        memory: false,
+        power: 0,
+        no_soft_reset,
+    };
+    (bench, whole, ram)
 }
 
 /// Values that meet each other, and sizing.
@@ -183,42 +241,68 @@ fn act() -> impl Strategy<Value = Act> {
             let data = value.to_le_bytes()[byte..byte + width].to_vec();
             Act::Write(offset + u16::try_from(byte).unwrap(), data)
         });
+    let power = (
+        prop_oneof![4 => Just(3_u8), 3 => Just(0), 1 => 1_u8..3],
+        1_usize..3,
+        any::<bool>(),
+    )
+        .prop_map(|(state, width, other)| {
+            // Bits beside the state ask for nothing.
+            let low = if other { 0xf0 | state } else { state };
+            Act::Write(PMCSR, vec![low, 0][..width].to_vec())
+        });
+    let flr = prop_oneof![
+        Just(Act::Write(DEVICE_CONTROL, vec![0, 0x80])),
+        Just(Act::Write(DEVICE_CONTROL + 1, vec![0x80])),
+        Just(Act::Write(DEVICE_CONTROL, vec![0xff, 0x7f])),
+        Just(Act::Write(AF_CONTROL, vec![1])),
+        Just(Act::Write(AF_CONTROL, vec![0xfe, 0xff])),
+    ];
     prop_oneof![
         30 => write,
+        4 => power,
+        1 => flr,
+        1 => Just(Act::Again),
         2 => (0_usize..3, 0_u64..0x2_0000).prop_map(|(bar, offset)| Act::Touch(bar, offset)),
         1 => Just(Act::Reset),
     ]
 }
 
 /// Carries out `act` in the model.
-fn apply(models: &mut [Model], decoding: &mut bool, act: &Act) {
+fn apply(whole: &mut Whole, act: &Act) {
     match act {
         Act::Write(offset @ 4..6, data) => {
             if *offset == 4 {
-                *decoding = data[0] & 2 != 0;
+                whole.memory = data[0] & 2 != 0;
             }
-            for model in models {
-                if *decoding {
+            let decodes = whole.decodes();
+            for model in &mut whole.bars {
+                if decodes {
                     model.settle();
                 } else {
                     model.down = None;
                 }
             }
         }
+        Act::Write(PMCSR, data) => whole.set_power(data[0] & 3),
+        Act::Write(DEVICE_CONTROL, data) if data[1] & 0x80 != 0 => whole.reset(),
+        Act::Write(AF_CONTROL, data) if data[0] & 1 != 0 => whole.reset(),
+        Act::Write(offset, _) if *offset == DEVICE_CONTROL + 1 => whole.reset(),
         Act::Write(offset, data) => {
-            for model in models {
+            let decodes = whole.decodes();
+            for model in &mut whole.bars {
                 let first = 0x10 + u16::from(model.index) * 4;
                 if let Some(byte) = offset.checked_sub(first).map(usize::from)
                     && byte < model.bytes.len()
                 {
-                    model.write(byte, data, *decoding);
+                    model.write(byte, data, decodes);
                 }
             }
         }
         Act::Touch(bar, offset) => {
-            let gpa = models[*bar].address().wrapping_add(*offset);
-            if *decoding
-                && let Some(model) = models.iter_mut().find(|model| {
+            let gpa = whole.bars[*bar].address().wrapping_add(*offset);
+            if whole.decodes()
+                && let Some(model) = whole.bars.iter_mut().find(|model| {
                     (model.address()..=model.address() + (model.size - 1)).contains(&gpa)
                         && Model::sized(&model.bytes).is_empty()
                 })
@@ -226,13 +310,8 @@ fn apply(models: &mut [Model], decoding: &mut bool, act: &Act) {
                 model.settle();
             }
         }
-        Act::Reset => {
-            *decoding = false;
-            for model in models {
-                model.bytes.fill(0);
-                model.down = None;
-            }
-        }
+        Act::Reset => whole.reset(),
+        Act::Again => {}
     }
 }
 
@@ -245,7 +324,11 @@ fn owner(models: &[Model], decoding: bool, gpa: u64) -> Option<u8> {
         .map(|model| model.index)
 }
 
-fn check(bench: &Bench, models: &[Model], decoding: bool, ram: RegionId) {
+fn check(bench: &Bench, whole: &Whole, ram: RegionId) {
+    let (models, decoding) = (&whole.bars, whole.decodes());
+    assert_eq!(bench.read(COMMAND) & 2 != 0, whole.memory);
+    assert_eq!(bench.host.command() & 2 != 0, whole.memory);
+    assert_eq!(bench.function.is_decoding(), decoding);
     let mapped = bench.mapped.lock().clone();
     for model in models {
         let start = model.address();
@@ -294,21 +377,24 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn any_order_of_writes_shows_what_the_bytes_say(acts in prop::collection::vec(act(), 1..60)) {
-        let (bench, mut models, ram) = bench();
-        let mut decoding = false;
+    fn any_order_of_writes_shows_what_the_bytes_say(
+        no_soft_reset in any::<bool>(),
+        acts in prop::collection::vec(act(), 1..60),
+    ) {
+        let (bench, mut whole, ram) = bench(no_soft_reset);
         for act in acts {
             let outcome = match &act {
                 Act::Write(offset, data) => bench.function.config_write(*offset, data),
                 Act::Touch(bar, offset) => {
-                    let gpa = Gpa::new(models[*bar].address().wrapping_add(*offset));
+                    let gpa = Gpa::new(whole.bars[*bar].address().wrapping_add(*offset));
                     bench.function.cpu_access(gpa).map(|a| a.outcome).unwrap_or_default()
                 }
                 Act::Reset => bench.function.reset(),
+                Act::Again => bench.function.mappings_may_be_revoked(),
             };
             assert!(outcome.is_ok());
-            apply(&mut models, &mut decoding, &act);
-            check(&bench, &models, decoding, ram);
+            apply(&mut whole, &act);
+            check(&bench, &whole, ram);
         }
     }
 }

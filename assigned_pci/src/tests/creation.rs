@@ -76,8 +76,10 @@ fn dropping_and_removing_take_the_regions_out() {
         map,
         mapped,
         target,
+        switch,
         ..
     } = bench;
+    assert_eq!(switch.state(), None);
     let outcome = function.remove();
     assert_eq!(outcome.unmaps(), 1);
     assert!(mapped.lock().is_empty());
@@ -109,13 +111,28 @@ fn a_region_that_somebody_else_removed_is_an_error_and_no_panic() {
             .whole_bar(0, MEMORY_32, 0x1000)
             .whole_bar(1, MEMORY_32, 0x1000),
     );
+    let _ = bench.bar(0, 0x8000_0000);
     let mut change = bench.map.change();
     change.remove(bench.function.region_of(BarIndex::ALL[0]).unwrap());
     change.commit().unwrap();
+    let _ = bench.bar(1, 0x9000_0000);
     let outcome = bench.command(ON);
     assert_eq!(outcome.map_errors.len(), 1);
-    assert!(!bench.function.bars()[1].enabled);
-    // The other one goes with the function all the same.
+    // The other one comes, goes and is revoked all the same.
+    assert_eq!(bench.mapped(), [0x9000_0000]);
+    let epoch = bench.host.backing(1).epoch();
+    let outcome = bench.command(OFF);
+    assert!(
+        outcome.map_errors.is_empty(),
+        "nothing was asked of the first"
+    );
+    assert_eq!(bench.mapped(), []);
+    assert_ne!(bench.host.backing(1).epoch(), epoch);
+    let epoch = bench.host.backing(1).epoch();
+    let outcome = bench.function.reset();
+    assert!(!outcome.map_errors.is_empty(), "the first cannot move");
+    assert_ne!(bench.host.backing(1).epoch(), epoch);
+    // And leaves with the function.
     let _ = bench.function.remove();
     assert_eq!(bench.map.reach(), []);
 }

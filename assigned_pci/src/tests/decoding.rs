@@ -157,7 +157,7 @@ fn reset_leaves_nothing_mapped_and_revokes_even_if_the_host_refuses() {
         let epoch = bench.host.backing(0).epoch();
         let outcome = bench.function.reset();
         let events = bench.events();
-        assert_eq!(events[2..], [Event::Reset, write(0)], "unmapped before");
+        assert_eq!(events[2..], [write(0), Event::Reset], "unmapped before");
         assert_eq!(outcome.host_errors.len(), usize::from(refuse));
         assert_eq!((outcome.maps(), outcome.unmaps()), (0, 2));
         assert_ne!(bench.host.backing(0).epoch(), epoch);

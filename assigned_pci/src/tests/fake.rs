@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memory_map::{
     Access, Backing, BackingObject, DmaTarget, Errno, Gpa, HostMapping, Iova, IovaRange,
@@ -12,8 +13,8 @@ use memory_map::{
 use parking_lot::Mutex;
 
 use crate::{
-    AssignedFunction, BarIndex, FunctionError, FunctionOptions, HostBar, HostBarArea, HostFunction,
-    Outcome,
+    AssignedFunction, BarIndex, CutOffSwitch, FunctionError, FunctionOptions, HostBar, HostBarArea,
+    HostFunction, Outcome,
 };
 
 pub(super) const EIO: i32 = 5;
@@ -43,6 +44,38 @@ pub(super) enum Event {
 
 pub(super) type Log = Arc<Mutex<Vec<Event>>>;
 
+/// PMCSR, device control and the advanced features' control of a function
+/// [with controls](FakeHost::with_controls).
+pub(super) const PMCSR: u16 = 0x44;
+pub(super) const DEVICE_CONTROL: u16 = 0x58;
+pub(super) const AF_CONTROL: u16 = 0x94;
+
+type Look = dyn Fn(&Event) + Send + Sync;
+
+/// Looks on while the host carries a call out.
+#[derive(Default)]
+pub(super) struct Probe(Mutex<Option<Arc<Look>>>);
+
+impl std::fmt::Debug for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Probe")
+    }
+}
+
+impl Probe {
+    pub(super) fn set(&self, probe: impl Fn(&Event) + Send + Sync + 'static) {
+        *self.0.lock() = Some(Arc::new(probe));
+    }
+
+    fn look(&self, event: &Event) {
+        // It may come back here.
+        let probe = self.0.lock().clone();
+        if let Some(probe) = probe {
+            probe(event);
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Pages(u64);
 
@@ -62,6 +95,8 @@ pub(super) struct Refusals {
     pub(super) config_write: bool,
     pub(super) bar_access: bool,
     pub(super) reset: bool,
+    /// Keeps the power state as it is, without a word.
+    pub(super) power: bool,
 }
 
 #[derive(Debug)]
@@ -71,6 +106,10 @@ pub(super) struct FakeHost {
     pub(super) config: Mutex<Vec<u8>>,
     pub(super) bars: [Option<HostBar>; 6],
     pub(super) refuse: Mutex<Refusals>,
+    pub(super) is_virtual: bool,
+    /// The command register as it was when the function went to sleep, to be restored.
+    saved: Mutex<Option<[u8; 2]>>,
+    pub(super) probe: Probe,
 }
 
 impl FakeHost {
@@ -83,7 +122,22 @@ impl FakeHost {
             config: Mutex::new(config),
             bars: Default::default(),
             refuse: Mutex::default(),
+            is_virtual: false,
+            saved: Mutex::default(),
+            probe: Probe::default(),
         }
+    }
+
+    /// Gives it power management and both ways of a function-level reset.
+    pub(super) fn with_controls(self, no_soft_reset: bool) -> Self {
+        let list = [
+            (0x40, 0x0003_5001),
+            (0x50, 0x0002_9010),
+            (0x90, 0x0306_0013),
+        ];
+        self.capabilities(0x40, &list)
+            .set_dword(PMCSR, u32::from(no_soft_reset) << 3)
+            .set_dword(0x54, 1 << 28)
     }
 
     pub(super) fn named(mut self, name: &str) -> Self {
@@ -190,9 +244,13 @@ impl HostFunction for FakeHost {
 
     fn config_write(&self, offset: u16, data: &[u8]) -> io::Result<()> {
         let event = Event::ConfigWrite(offset, data.to_vec());
+        self.probe.look(&event);
         self.log.lock().push(event);
-        refused(self.refuse.lock().config_write, EIO)?;
+        let refuse = self.refuse.lock();
+        refused(refuse.config_write, EIO)?;
         let mut config = self.config.lock();
+        let before = config[usize::from(PMCSR)];
+        let state = before & 3;
         for (place, byte) in (usize::from(offset)..).zip(data) {
             match place {
                 // The status register's bits are cleared by ones; the list's is read-only.
@@ -200,6 +258,33 @@ impl HostFunction for FakeHost {
                 7 => config[place] &= !byte,
                 _ => config[place] = *byte,
             }
+        }
+        if config[0x40] == 1 {
+            // As vfio-pci: a state may be refused without a word; a function that forgets its
+            // registers in D3hot gets them back; the bits that initiate a reset, which wakes the
+            // function and after which everything is restored, read as zero.
+            let flr = config[usize::from(DEVICE_CONTROL) + 1] & 0x80 != 0
+                || config[usize::from(AF_CONTROL)] & 1 != 0;
+            // No_Soft_Reset is read-only, and only D0 is reached from a deeper state.
+            let mut low = config[usize::from(PMCSR)] & !8 | before & 8;
+            if refuse.power || (low & 3 != 0 && low & 3 < state) {
+                low = low & !3 | state;
+            }
+            if flr {
+                low &= !3;
+            }
+            config[usize::from(PMCSR)] = low;
+            let mut saved = self.saved.lock();
+            if state != 3 && low & 0b1011 == 3 {
+                *saved = Some([config[4], config[5]]);
+            }
+            if low & 3 == 0
+                && let Some(command) = saved.take()
+            {
+                config[4..6].copy_from_slice(&command);
+            }
+            config[usize::from(DEVICE_CONTROL) + 1] &= 0x7f;
+            config[usize::from(AF_CONTROL)] &= 0xfe;
         }
         Ok(())
     }
@@ -221,8 +306,19 @@ impl HostFunction for FakeHost {
     }
 
     fn reset(&self) -> io::Result<()> {
+        self.probe.look(&Event::Reset);
         self.log.lock().push(Event::Reset);
-        refused(self.refuse.lock().reset, ENOTTY)
+        refused(self.refuse.lock().reset, ENOTTY)?;
+        let mut config = self.config.lock();
+        config[usize::from(PMCSR)] &= !3;
+        if let Some(command) = self.saved.lock().take() {
+            config[4..6].copy_from_slice(&command);
+        }
+        Ok(())
+    }
+
+    fn is_virtual(&self) -> bool {
+        self.is_virtual
     }
 }
 
@@ -232,6 +328,8 @@ pub(super) type Mapped = Arc<Mutex<BTreeMap<u64, u64>>>;
 struct Recorder {
     log: Log,
     mapped: Mapped,
+    stuck: Arc<AtomicBool>,
+    full: Arc<AtomicBool>,
 }
 
 impl DmaTarget for Recorder {
@@ -254,6 +352,9 @@ impl DmaTarget for Recorder {
 
     fn map(&mut self, request: &MapRequest) -> Result<(), TargetError> {
         assert_eq!(request.access, Access::ReadWrite);
+        if self.full.load(Ordering::SeqCst) {
+            return Err(TargetError::kernel(Errno::new(EIO)));
+        }
         let start = request.iova.start().raw();
         self.log.lock().push(Event::Map(start));
         let before = self.mapped.lock().insert(start, request.iova.size());
@@ -262,6 +363,9 @@ impl DmaTarget for Recorder {
     }
 
     fn unmap(&mut self, range: IovaRange) -> Result<(), TargetError> {
+        if self.stuck.load(Ordering::SeqCst) {
+            return Err(TargetError::Unknown(Errno::new(EIO)));
+        }
         self.log.lock().push(Event::Unmap(range.start().raw()));
         let mut mapped = self.mapped.lock();
         mapped.retain(|start, _| !range.contains(Iova::new(*start)));
@@ -274,9 +378,14 @@ impl DmaTarget for Recorder {
 pub(super) struct Bench {
     pub(super) host: Arc<FakeHost>,
     pub(super) map: RegionManager,
-    pub(super) function: AssignedFunction,
+    pub(super) function: Arc<AssignedFunction>,
     pub(super) mapped: Mapped,
     pub(super) target: TargetHandle,
+    /// Has the target's unmaps fail.
+    pub(super) stuck: Arc<AtomicBool>,
+    /// Has the target's maps be refused.
+    pub(super) full: Arc<AtomicBool>,
+    pub(super) switch: Arc<CutOffSwitch>,
 }
 
 impl Bench {
@@ -285,15 +394,21 @@ impl Bench {
         let host = Arc::new(host);
         let map = RegionManager::new();
         let mapped = Mapped::default();
+        let (stuck, full) = <(Arc<AtomicBool>, Arc<AtomicBool>)>::default();
         let recorder = Recorder {
             log: host.log.clone(),
             mapped: mapped.clone(),
+            stuck: stuck.clone(),
+            full: full.clone(),
         };
-        let target = map
-            .register(Box::new(recorder), TargetOptions::new("recorder"))
-            .unwrap();
+        let switch = Arc::new(CutOffSwitch::new());
+        let mut options = TargetOptions::new("recorder");
+        options.cut_off = Some(switch.clone());
+        let target = map.register(Box::new(recorder), options).unwrap();
         let options = FunctionOptions::default();
         let function = AssignedFunction::new(host.clone(), map.clone(), &options).unwrap();
+        let function = Arc::new(function);
+        switch.add(&function);
         host.log.lock().clear();
         Self {
             host,
@@ -301,7 +416,24 @@ impl Bench {
             function,
             mapped,
             target,
+            stuck,
+            full,
+            switch,
         }
+    }
+
+    /// Another target of its map, which writes another log.
+    pub(super) fn second_target(&self, log: &Log) -> (TargetHandle, Mapped) {
+        let mapped = Mapped::default();
+        let recorder = Recorder {
+            log: log.clone(),
+            mapped: mapped.clone(),
+            stuck: Arc::default(),
+            full: Arc::default(),
+        };
+        let options = TargetOptions::new("second");
+        let target = self.map.register(Box::new(recorder), options);
+        (target.unwrap(), mapped)
     }
 
     /// A function with one 64-bit prefetchable BAR 2 of 64 KiB.

@@ -3,8 +3,11 @@
 mod any_order;
 mod capabilities;
 mod creation;
+mod cut_off;
 mod decoding;
 mod fake;
 mod firmware;
+mod mistakes;
 mod moves;
 mod registers;
+mod revocation;

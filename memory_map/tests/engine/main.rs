@@ -5,6 +5,8 @@ mod fixture;
 #[cfg(test)]
 mod lifetimes;
 #[cfg(test)]
+mod missing;
+#[cfg(test)]
 mod model;
 #[cfg(test)]
 mod page_table;

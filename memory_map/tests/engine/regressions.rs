@@ -8,7 +8,7 @@ use crate::fixture::{allow, fixture, range};
 use crate::page_table::{Call, Fault, PAGE, PageTable, backing, limits};
 use memory_map::{
     Access, Backing, ChangeError, ConsumerKind, DisabledBecause, DmaTarget, Errno, Gpa,
-    InvalidChange, IovaRange, MapRequest, Missing, Priority, Quarantine, Reach, Reason, RegionKind,
+    InvalidChange, IovaRange, MapRequest, Priority, Quarantine, Reach, Reason, RegionKind,
     SharingConsumer, SubMapping, TargetError, TargetLimits, TargetOptions,
 };
 use parking_lot::Mutex;
@@ -399,169 +399,33 @@ fn bad_input_changes_nothing() {
     }
 }
 
+/// Others added private memory, huge pages and dma-bufs each beside their map, and the paths
+/// drifted apart.
 #[test]
-fn ram_that_is_lost_in_the_undo_of_its_own_change_is_told() {
-    let f = fixture();
-    let ram = f.ram(0x1_0000, 2);
-    let (table, _handle) = f.target(limits());
-    table.0.lock().refuse_maps = Some(TargetError::kernel(Errno::new(12)));
-    let error = f
-        .host(|change| change.set_access(ram, Access::ReadOnly))
-        .unwrap_err();
-    assert_eq!(table.len(), 0, "neither read-only nor as it was");
-    assert!(
-        matches!(error, ChangeError::UndoLostRam { .. }),
-        "the RAM is gone, and all that is said is {error}"
-    );
-}
-
-#[test]
-fn an_undo_keeps_to_a_largest_mapping_that_has_shrunk_since() {
-    let f = fixture();
-    let bar = f.bar(0x1_0000, 4);
-    let (table, handle) = f.target(limits());
-    table.0.lock().limits.largest_mapping = PAGE;
-    f.map.limits_changed(handle.id()).unwrap();
-    assert_eq!(table.len(), 1, "what is mapped stays, however large");
-    let mut change = f.map.change();
-    change.move_to(bar, Gpa::new(0x2_0000));
-    let mut calls = 0;
-    let outcome = change.commit_watched(&mut |_| {
-        calls += 1;
-        if calls < 2 {
-            ControlFlow::Continue(())
-        } else {
-            ControlFlow::Break(())
-        }
-    });
-    assert_eq!(outcome, Err(ChangeError::Cancelled));
-    assert_eq!(
-        table.len(),
-        4,
-        "the table takes no more than a page at a time"
-    );
-    assert_eq!(f.reach(&handle, bar), Reach::Mapped);
-}
-
-#[test]
-fn mappings_that_are_no_whole_pages_any_more_are_made_anew() {
-    let f = fixture();
-    let bar = f.bar(0x1_0000, 16);
-    let small_pages = TargetLimits {
-        largest_mapping: PAGE,
-        ..limits()
+fn whatever_lies_behind_a_region_takes_the_same_path() {
+    let calls_of = |kind, by_address, largest| {
+        let f = fixture();
+        let table = PageTable::new(TargetLimits {
+            largest_mapping: largest,
+            ..limits()
+        });
+        table.0.lock().by_address = by_address;
+        let _handle = f.register(table.boxed());
+        let region = f.add(f.spec(kind, 0x10_0000, 0x200)).unwrap();
+        let trap = f.add(f.trap(0x11_0000)).unwrap();
+        f.guest(|change| change.set_access(region, Access::ReadOnly));
+        f.move_to(region, 0x40_0000);
+        f.guest(|change| change.remove_sub_mapping(region, 2 * PAGE, PAGE));
+        f.move_to(trap, 0x41_0000);
+        f.guest(|change| change.remove(region));
+        table.take_calls()
     };
-    let (table, handle) = f.target(small_pages);
-    assert_eq!(table.len(), 16);
-    let large_pages = TargetLimits {
-        page_size: 0x1_0000,
-        ..limits()
-    };
-    table.0.lock().limits = large_pages;
-    let report = f.map.limits_changed(handle.id()).unwrap();
-    assert_eq!((report.unmaps(), report.maps()), (16, 1));
-    // With sixteenths of a page, to put them back would be against the limits.
-    f.move_to(bar, 0x2_0000);
-    assert_eq!(f.reach(&handle, bar), Reach::Mapped);
-}
-
-#[test]
-fn what_was_revoked_does_not_hide_why_its_neighbour_is_missing() {
-    let f = fixture();
-    let mut spec = f.spec(RegionKind::DeviceMemory, 0x1_0000, 3);
-    let revoked = backing(2, &f.addresses);
-    spec.sub_mappings[0].size = PAGE;
-    spec.sub_mappings.push(SubMapping {
-        offset: PAGE,
-        size: 2 * PAGE,
-        backing: revoked.clone(),
-        backing_offset: 0,
-    });
-    let bar = f.add(spec).unwrap();
-    let (_table, handle) = f.target(TargetLimits {
-        largest_mapping: PAGE,
-        entry_limit: Some(2),
-        ..limits()
-    });
-    revoked.advance_epoch();
-    let missing = |start, reason| Missing {
-        range: range(start, 1),
-        reason,
-    };
-    let expected = Reach::Partly {
-        mapped: PAGE,
-        missing: vec![
-            missing(0x1_1000, Reason::Pending),
-            missing(0x1_2000, Reason::EntryLimit { limit: 2 }),
-        ],
-    };
-    assert_eq!(f.reach(&handle, bar), expected);
-}
-
-#[test]
-fn ram_that_takes_the_place_of_other_missing_ram_is_told_all_the_same() {
-    let f = fixture();
-    let moving = f.ram(0x2000, 2);
-    let (_table, _handle) = f.target(allow(&[(0x1000, 0xffff)]));
-    // The target cannot hold the first page.
-    let spec = f.spec(RegionKind::Ram, 0, 2);
-    let report = f.guest(|change| {
-        let id = change.add(spec);
-        change.enable(id);
-    });
-    assert_eq!(report.ram_missing.len(), 1);
-    // The older one is seen there.
-    let outcome = f.host(|change| change.move_to(moving, Gpa::new(0)));
-    assert!(matches!(outcome, Err(ChangeError::Refused { .. })));
-    let report = f.move_to(moving, 0);
-    assert_eq!(report.ram_missing.len(), 1, "of the region that moved");
-}
-
-#[test]
-fn ram_that_was_missing_before_refuses_nothing_in_however_many_pieces_it_was_noted() {
-    let f = fixture();
-    let (_table, _handle) = f.target(allow(&[(0, 0xffff)]));
-    let ram = f.spec(RegionKind::Ram, 0x1_0000, 4);
-    let report = f.guest(|change| {
-        let id = change.add(ram);
-        change.enable(id);
-    });
-    assert_eq!(report.ram_missing.len(), 1);
-    let below = |start, pages| {
-        let mut spec = f.spec(RegionKind::DeviceMemory, start, pages);
-        spec.priority = Priority(-1);
-        f.add(spec)
-    };
-    // Only the middle is looked at again, then all of it.
-    below(0x1_1000, 1).unwrap();
-    below(0x1_0000, 4).unwrap();
-}
-
-#[test]
-fn only_what_has_become_too_large_is_cut_when_a_mapping_is() {
-    let f = fixture();
-    let bar = f.bar(0x1_2000, 16);
-    let (table, handle) = f.target(limits());
-    table.0.lock().limits.largest_mapping = 4 * PAGE;
-    f.map.limits_changed(handle.id()).unwrap();
-    // The three pages left of the hole are small enough, though they lie across a multiple.
-    let report = f.guest(|change| change.remove_sub_mapping(bar, 3 * PAGE, PAGE));
-    assert_eq!((report.unmaps(), report.maps()), (1, 1 + 4));
-}
-
-#[test]
-fn subscribers_are_told_of_every_region_that_a_quarantine_takes_away() {
-    let f = fixture();
-    let (leaving, other) = (f.bar(0x1_0000, 1), f.bar(0x8_0000, 1));
-    let (table, handle) = f.target(limits());
-    let subscription = f.map.subscribe(|| {});
-    assert!(subscription.take().reach.is_empty());
-    table.fail_in(0, Fault::Refused);
-    f.guest(|change| change.remove(leaving));
-    let told = subscription.take();
-    assert_eq!(told.removed, [leaving]);
-    let mut told = told.reach.iter().filter(|entry| entry.region == other);
-    let entry = told.next().expect("far away, and gone all the same");
-    assert_eq!(entry.target, handle.id());
-    assert_eq!(entry.reach, Reach::Unavailable(Reason::Quarantined));
+    for largest in [2 << 20, 1 << 30] {
+        let ram = calls_of(RegionKind::Ram, true, largest);
+        assert!(ram.len() > 10);
+        // RAM by its file instead of its address; a BAR by its address; a BAR by its dma-buf.
+        assert_eq!(ram, calls_of(RegionKind::Ram, false, largest));
+        assert_eq!(ram, calls_of(RegionKind::DeviceMemory, true, largest));
+        assert_eq!(ram, calls_of(RegionKind::DeviceMemory, false, largest));
+    }
 }

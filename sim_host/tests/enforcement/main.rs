@@ -6,5 +6,6 @@
 
 mod containers;
 mod functions;
+mod revocation;
 mod rig;
 mod translation;

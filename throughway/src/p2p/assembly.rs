@@ -1,11 +1,11 @@
 //! Functions, RAM and IOMMUs put together in one map, as a guest would have them.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use assigned_pci::{
-    AssignedFunction, BarIndex, BarInfo, BarKind, FunctionOptions, HostFunction, Windows,
-    place_bars,
+    AssignedFunction, BarIndex, BarInfo, BarKind, CutOffSwitch, FunctionOptions, HostFunction,
+    Windows, place_bars,
 };
 use dma_engine::{DmaEngine, find_engine};
 use memory_map::{
@@ -36,7 +36,7 @@ pub struct Parts {
 
 /// One function in the assembly.
 pub struct Member {
-    pub function: AssignedFunction,
+    pub function: Arc<AssignedFunction>,
     /// Its IOMMU's place.
     pub target: usize,
     pub engine: Option<Box<dyn DmaEngine>>,
@@ -69,23 +69,30 @@ impl Assembly {
         let page = GuestRam::add(&map, "control page", parts.page, Gpa::new(0))?;
         let ram = GuestRam::add(&map, "ram", parts.ram, RAM)?;
         let mut targets = Vec::new();
+        let mut switches = Vec::new();
         for (number, target) in parts.targets.into_iter().enumerate() {
             let mut options = TargetOptions::new(format!("container {number}"));
-            options.cut_off = Some(Arc::new(Quiesce::of(&parts.functions, number)));
+            let switch = Arc::new(Announced::default());
+            options.cut_off = Some(switch.clone());
+            switches.push(switch);
             let handle = map.register(target, options);
             targets.push(handle.context("mapping RAM for the devices failed")?);
         }
         let mut members = Vec::new();
         for (host, target) in parts.functions {
-            let engine = find_engine(&host);
-            let function = AssignedFunction::new(host, map.clone(), &FunctionOptions::default())?;
+            let options = FunctionOptions::default();
+            let function = Arc::new(AssignedFunction::new(host, map.clone(), &options)?);
+            let switch = switches.get(target).context("no such container")?;
+            switch.0.add(&function);
+            // An engine that goes through the function is cut off with it.
+            let engine = find_engine(function.host());
             members.push(Member {
                 function,
                 target,
                 engine,
             });
         }
-        let functions: Vec<&AssignedFunction> = members.iter().map(|m| &m.function).collect();
+        let functions: Vec<&AssignedFunction> = members.iter().map(|m| &*m.function).collect();
         let bars: Vec<BarInfo> = functions.iter().flat_map(|f| f.bars()).collect();
         let windows = windows::choose(&parts.allowed, ram.range().last(), &bars)?;
         let placed = place_bars(&functions, windows)?;
@@ -209,27 +216,16 @@ impl MemberBar {
     }
 }
 
-/// Turns off the devices behind an IOMMU that may hold a mapping it should not.
-struct Quiesce(Vec<Weak<dyn HostFunction>>);
+/// Cuts off the devices behind an IOMMU that may hold a mapping it should not, and says so.
+#[derive(Default)]
+struct Announced(CutOffSwitch);
 
-impl Quiesce {
-    fn of(functions: &[(Arc<dyn HostFunction>, usize)], target: usize) -> Self {
-        let behind = functions.iter().filter(|(_, t)| *t == target);
-        Self(behind.map(|(f, _)| Arc::downgrade(f)).collect())
-    }
-}
-
-impl CutOff for Quiesce {
+impl CutOff for Announced {
     fn cut_off(&self, target: &TargetName, why: &Quarantine) {
         eprintln!("throughway: {target} is cut off: {why}");
-        for function in self.0.iter().filter_map(Weak::upgrade) {
-            // Each is tried, whatever became of the other; nothing turns bus mastering on again
-            // after this, because the run ends with its outcome.
-            let quiet = function.config_write(0x04, &[0, 0]);
-            let reset = function.reset();
-            if let (Err(error), Err(_)) = (quiet, reset) {
-                eprintln!("throughway: {} does not stop: {error}", function.name());
-            }
+        self.0.cut_off(target, why);
+        for (function, error) in self.0.state().into_iter().flat_map(|state| state.failed) {
+            eprintln!("throughway: {function} does not stop: {error}");
         }
     }
 }

@@ -33,7 +33,8 @@ pub fn open(functions: &[Bdf], memory: u64) -> Result<Parts> {
     let mut opened: Vec<(Arc<dyn HostFunction>, usize)> = Vec::new();
     for (bdf, place) in functions.iter().zip(places) {
         let device = opener.device(*bdf)?;
-        let function = VfioFunction::new(bdf.to_string(), device)?;
+        let is_virtual = Sysfs::default().function_path(*bdf).join("physfn").exists();
+        let function = VfioFunction::new(bdf.to_string(), device)?.of_virtual_function(is_virtual);
         opened.push((Arc::new(function), place));
     }
     let mut targets: Vec<Box<dyn DmaTarget>> = Vec::new();

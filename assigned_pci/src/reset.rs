@@ -1,0 +1,143 @@
+//! Resets of one function: by the embedder, and by the guest through a capability.
+//!
+//! All go the same way, and a reset that fails goes it too, for it may have revoked all the same:
+//!
+//! 1. The BARs leave the map, in one commit; their reach says that the device is being reset.
+//! 2. The physical command register is cleared: the function is quiet, and what the host restores
+//!    after the reset is a function that neither decodes nor starts anything.
+//! 3. The host resets: `VFIO_DEVICE_RESET`, or the guest's write as it is. That sleeps 100 ms and
+//!    more; no lock of the map is held.
+//! 4. The registers are as at power-on (PCI Express Base 6.0, 6.6.2): the command register is
+//!    cleared, the BARs are at 0. vfio-pci hides a reset from its user, by restoring config space;
+//!    a guest's driver expects one, and puts back what it wants. Where the host did restore the
+//!    command register (from a function that was asleep), it is cleared once more.
+//!    What other registers hold is what the host makes of them.
+//! 5. The power state is read back, the BARs' revocation epochs advance, and what decodes (nothing,
+//!    after a reset) comes back, all in one commit.
+
+use memory_map::DisabledBecause;
+
+use crate::command::Command;
+use crate::config_space::COMMAND;
+use crate::function::State;
+use crate::power::PowerState;
+use crate::{AssignedFunction, HostCall, HostError, Outcome};
+
+impl State {
+    /// The registers as after a reset.
+    pub(crate) fn power_on(&mut self) {
+        self.decoding = false;
+        for assigned in &mut self.bars {
+            assigned.bar.reset();
+        }
+    }
+}
+
+impl AssignedFunction {
+    /// Resets the function (`VFIO_DEVICE_RESET`), and its emulated state to that at power-on:
+    /// nothing decoded, all BARs at 0. See the [crate's documentation](crate) for the order.
+    ///
+    /// What was mapped from the BARs counts as revoked, whatever the host said.
+    pub fn reset(&self) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut state = self.lock();
+        if !state.removed {
+            self.reset_by_host(&mut state, &mut outcome);
+        }
+        outcome
+    }
+
+    /// The same for whoever has the lock.
+    pub(crate) fn reset_by_host(&self, state: &mut State, outcome: &mut Outcome) {
+        self.reset_with(state, outcome, |outcome| {
+            if let Err(error) = self.host.reset() {
+                let error = HostError::new(HostCall::Reset, &error);
+                outcome.host_errors.push(error);
+            }
+        });
+    }
+
+    /// The guest initiates a function-level reset, by this write.
+    pub(crate) fn reset_by_write(
+        &self,
+        state: &mut State,
+        (offset, data): (u16, &[u8]),
+        outcome: &mut Outcome,
+    ) {
+        self.reset_with(state, outcome, |outcome| {
+            self.write_host(offset, data, outcome);
+        });
+    }
+
+    fn reset_with(
+        &self,
+        state: &mut State,
+        outcome: &mut Outcome,
+        reset: impl FnOnce(&mut Outcome),
+    ) {
+        let down = self.take_down(state, DisabledBecause::Resetting, outcome);
+        self.turn_off(outcome);
+        reset(outcome);
+        self.after_reset(state, outcome);
+        self.bring_back(state, down, outcome);
+    }
+
+    /// Registers and power state as a reset leaves them.
+    pub(crate) fn after_reset(&self, state: &mut State, outcome: &mut Outcome) {
+        state.power_on();
+        self.turn_off(outcome);
+        state.power = self.read_power(outcome);
+    }
+
+    /// Clears the physical command register, unless it reads as clear.
+    pub(crate) fn turn_off(&self, outcome: &mut Outcome) {
+        let mut command = [0; 2];
+        let read = self.host.config_read(COMMAND, &mut command);
+        if read.is_err() || !Command::new(u16::from_le_bytes(command)).is_off() {
+            self.write_host(COMMAND, &Command::OFF.to_bytes(), outcome);
+        }
+    }
+
+    /// To be called when the kernel may have revoked what was mapped from the BARs without having
+    /// been asked to through this function: a sibling was reset that shares a bus or a slot with it
+    /// and is not in its [`ResetSet`](crate::ResetSet), or the host recovered it from an error.
+    ///
+    /// Its mappings are taken down and made again, in one commit. The registers stay as they are,
+    /// unless the physical ones say that the function sleeps or no longer decodes.
+    pub fn mappings_may_be_revoked(&self) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut state = self.lock();
+        if !state.removed {
+            self.look_again(&mut state, &mut outcome);
+            self.sync(&mut state, true, &mut outcome);
+        }
+        outcome
+    }
+
+    /// Takes over from the physical registers what the guest sees of them.
+    pub(crate) fn look_again(&self, state: &mut State, outcome: &mut Outcome) {
+        let decoded = state.decodes();
+        let mut command = [0; 2];
+        match self.host.config_read(COMMAND, &mut command) {
+            // Its bit says nothing.
+            Ok(()) if self.host.is_virtual() => {}
+            Ok(()) => {
+                let command = Command::new(u16::from_le_bytes(command));
+                state.decoding &= command.decodes_memory();
+            }
+            Err(error) => {
+                let error = HostError::new(HostCall::ConfigRead(COMMAND), &error);
+                outcome.host_errors.push(error);
+                state.decoding = false;
+            }
+        }
+        state.power = self.read_power(outcome);
+        state.decoding_changed(decoded);
+    }
+
+    /// The power state, as far as it is known.
+    #[must_use]
+    pub fn power_state(&self) -> PowerState {
+        self.lock().power
+    }
+}

@@ -1,0 +1,19 @@
+//! What iommufd does: its address spaces, and what becomes of BARs in them.
+
+mod address_cases;
+mod attach_cases;
+mod bench;
+mod cases;
+mod copy_cases;
+mod dma_buf_cases;
+mod dma_cases;
+mod limit_cases;
+mod map_cases;
+mod real;
+mod reset_cases;
+mod target_cases;
+mod unmap_cases;
+
+pub use bench::{Bench, Function, IommufdHost};
+pub use cases::{Case, cases, resetting_cases, run};
+pub use real::RealHost;

@@ -1,0 +1,125 @@
+//! One step of a build: a command that says line by line what it does.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use super::{KernelError, io_error};
+use crate::progress::Progress;
+
+/// How much of a failed step's log is shown.
+const TAIL_LINES: usize = 20;
+
+/// A step: its title, how many lines its command prints, about, and the file that gets them.
+#[derive(Debug)]
+pub(super) struct Step<'a> {
+    title: &'a str,
+    lines: usize,
+    log: &'a Path,
+}
+
+impl<'a> Step<'a> {
+    /// A step that is not begun.
+    pub(super) fn new(title: &'a str, lines: usize, log: &'a Path) -> Self {
+        Self { title, lines, log }
+    }
+
+    /// Runs the command and shows how far it is. The log holds this step only.
+    ///
+    /// # Errors
+    /// When the command cannot be started, or fails: with the end of what it said.
+    pub(super) fn run(self, command: &mut Command) -> Result<(), KernelError> {
+        let Self { title, lines, log } = self;
+        let mut progress = Progress::start(title);
+        let mut file = File::create(log).map_err(io_error("write", log))?;
+        let errors = file.try_clone().map_err(io_error("write", log))?;
+        let program = Path::new(command.get_program()).to_owned();
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(errors)
+            .spawn()
+            .map_err(io_error("start", &program))?;
+        if let Some(stdout) = child.stdout.take() {
+            let mut stdout = BufReader::new(stdout);
+            let (mut line, mut count) = (Vec::new(), 0_usize);
+            while stdout
+                .read_until(b'\n', &mut line)
+                .map_err(io_error("read what is said by", &program))?
+                > 0
+            {
+                file.write_all(&line).map_err(io_error("write", log))?;
+                count = count.saturating_add(1);
+                let percent = count.saturating_mul(100).checked_div(lines).unwrap_or(0);
+                // The number of lines is a guess: it is done when it is done.
+                let percent = u8::try_from(percent.min(99)).unwrap_or(99);
+                progress.at(percent, String::from_utf8_lossy(&line).trim());
+                line.clear();
+            }
+        }
+        let status = child.wait().map_err(io_error("wait for", &program))?;
+        if status.success() {
+            progress.done();
+            return Ok(());
+        }
+        drop(progress);
+        Err(KernelError::Build {
+            step: title.to_owned(),
+            how: status.to_string(),
+            log: log.to_owned(),
+            tail: tail_of(log),
+        })
+    }
+}
+
+fn tail_of(log: &Path) -> String {
+    let text = match fs::read(log) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) => format!("(unreadable: {error})"),
+    };
+    let lines: Vec<&str> = text.lines().collect();
+    let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
+    format!("    {}", tail.join("\n    "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn a_failed_step_names_its_log_and_shows_the_end_of_both_streams() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let step = || Step::new("trying", 3, &log);
+        step().run(&mut sh("echo early")).unwrap();
+        let script = "for i in $(seq 30); do echo line $i; done; echo the reason >&2; exit 4";
+        let error = step().run(&mut sh(script)).unwrap_err();
+        let KernelError::Build { step, how, .. } = &error else {
+            panic!("{error:?}");
+        };
+        assert_eq!((step.as_str(), how.as_str()), ("trying", "exit status: 4"));
+        let shown = error.to_string();
+        assert!(shown.contains(&log.display().to_string()), "{shown}");
+        assert!(shown.contains("the reason"), "{shown}");
+        assert!(shown.contains("line 30\n"), "{shown}");
+        assert!(!shown.contains("line 3\n"), "{shown}");
+        let all = fs::read_to_string(&log).unwrap();
+        assert!(all.contains("line 1\n") && !all.contains("early"), "{all}");
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let error = Step::new("trying", 1, &log)
+            .run(&mut Command::new("/no/such/program"))
+            .unwrap_err();
+        assert!(error.to_string().contains("/no/such/program"), "{error}");
+    }
+}

@@ -1,0 +1,133 @@
+//! The way up: mappings still to be made, and what becomes of them when others take steps between.
+
+use smallvec::SmallVec;
+
+use crate::commit::{Class, Commit};
+use crate::plan::{NewMapping, plan, whole_pages};
+use crate::state::Driver;
+use crate::{ChangeError, RegionKind, TargetId};
+
+/// Mappings still to be made: the last target first, each one's in order.
+#[derive(Default)]
+pub(crate) struct Later(SmallVec<[LaterIn; 1]>);
+
+/// Mappings still to be made in one target.
+struct LaterIn {
+    target: TargetId,
+    driver: Driver,
+    new: smallvec::IntoIter<[NewMapping; 1]>,
+}
+
+impl Later {
+    pub(crate) fn push(
+        &mut self,
+        target: TargetId,
+        driver: Driver,
+        new: SmallVec<[NewMapping; 1]>,
+    ) {
+        if !new.is_empty() {
+            let new = new.into_iter();
+            self.0.push(LaterIn {
+                target,
+                driver,
+                new,
+            });
+        }
+    }
+
+    fn next(&mut self) -> Option<(TargetId, &Driver, NewMapping)> {
+        while self.0.last()?.new.len() == 0 {
+            drop(self.0.pop());
+        }
+        let its = self.0.last_mut()?;
+        let new = its.new.next()?;
+        Some((its.target, &its.driver, new))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.iter().all(|its| its.new.len() == 0)
+    }
+}
+
+impl Commit<'_, '_> {
+    /// Makes mappings.
+    pub(crate) fn map_all(
+        &mut self,
+        mut later: Later,
+        targets: &[TargetId],
+        dirty: &[(u64, u64)],
+    ) -> Result<(), ChangeError> {
+        let mut interrupted = false;
+        while let Some((target, driver, new)) = later.next() {
+            if interrupted {
+                self.map_remaining(&[target], &[(new.start, new.last)])?;
+            } else {
+                self.watched()?;
+                self.map(target, driver, new, self.class.may_be_refused())?;
+                interrupted = self.was_interrupted();
+            }
+        }
+        if interrupted {
+            // Others do not answer for RAM that this commit is still adding, or for a target that
+            // is still joining: what they could not map there is this commit's to map, or to fail.
+            self.map_remaining(targets, dirty)?;
+        }
+        Ok(())
+    }
+
+    /// Makes what is still to be mapped of a range that was planned before somebody else's step.
+    /// What they changed elsewhere they have mapped themselves, so to look at the rest of the plan
+    /// again is enough, and at each piece of it only once: a guest that moves BARs all the time
+    /// must not make a long commit plan all of its rest after every step.
+    fn map_remaining(
+        &mut self,
+        targets: &[TargetId],
+        dirty: &[(u64, u64)],
+    ) -> Result<(), ChangeError> {
+        let mut later = self.remaining(targets, dirty);
+        while let Some((target, driver, new)) = later.next() {
+            self.watched()?;
+            self.map(target, driver, new, self.class.may_be_refused())?;
+            if self.was_interrupted() && !later.is_empty() {
+                later = self.remaining(targets, dirty);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether somebody else has taken a step since this was last asked.
+    pub(crate) fn was_interrupted(&mut self) -> bool {
+        if self.class == Class::Guest {
+            return false;
+        }
+        let steps = self.inner.steps();
+        let interrupted = steps != self.seen_steps;
+        self.seen_steps = steps;
+        self.interrupted |= interrupted;
+        interrupted
+    }
+
+    /// What is still to be mapped: somebody else may have mapped some of it,
+    /// or covered it. BARs that were refused already are not tried again.
+    fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Later {
+        let state = self.inner.landed(dirty);
+        let mut later = Later::default();
+        for &id in targets {
+            let Some(target) = state.targets.get(&id) else {
+                continue;
+            };
+            if target.quarantined.is_some() {
+                continue;
+            }
+            let dirty = whole_pages(dirty, target.limits.page_size);
+            let plan = plan(&state.layout, &target.viewer(), &target.ledger, &dirty);
+            let refused = |new: &NewMapping| {
+                new.kind == RegionKind::DeviceMemory
+                    && target.ledger.failure_at(new.start).is_some()
+            };
+            let up = plan.up.into_iter().filter(|new| !refused(new)).collect();
+            later.push(id, target.driver.clone(), up);
+        }
+        later
+    }
+}
