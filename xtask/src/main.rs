@@ -38,9 +38,9 @@ enum Chore {
     ///
     /// What it needs (QEMU, a stock kernel, a shell; about 150 MB of packages) is fetched with apt
     /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. A second
-    /// kernel, `iommufd`, is built there from Debian's source package (170 MB, gone when it is
-    /// built; 2 GB of disk and some ten minutes on two processors, once). Nothing is installed, and
-    /// no privileges are needed; building wants gcc on the PATH.
+    /// kernel, `iommufd`, is built there, once, from Debian's source package (170 MB; 2 GB of disk
+    /// while it is built; fifteen minutes of processor time). Nothing is installed, and no privileges
+    /// are needed; building wants gcc on the PATH.
     #[command(subcommand)]
     Lab(Box<LabChore>),
 }

@@ -115,6 +115,19 @@ pub static NARROW_IOMMU: Shape = Shape {
     ..EDU_AND_IVSHMEM
 };
 
+/// [`EDU_AND_IVSHMEM`] behind AMD's IOMMU, with its hole in the addresses that can be mapped.
+///
+/// Not for DMA, see [`Iommu::Amd`].
+pub static AMD_IOMMU: Shape = Shape {
+    name: "AMD's IOMMU",
+    iommu: Iommu::Amd,
+    kernel_options: &[
+        "vfio_iommu_type1.allow_unsafe_interrupts=1",
+        "iommufd.allow_unsafe_interrupts=1",
+    ],
+    ..EDU_AND_IVSHMEM
+};
+
 /// Of [`ROOT_PORTS`]: the functions behind root ports, each with its reset methods.
 const BEHIND_PORTS: [(&str, &str); 5] = [
     (NVME, "flr bus"),
