@@ -25,6 +25,7 @@ mod p2p_run;
 pub mod bad_input;
 pub mod contract_suite;
 pub mod hotplug;
+pub mod iommufd_contract;
 pub mod iommufd_kernel;
 pub mod nested_machine;
 pub mod peer_to_peer;
@@ -93,6 +94,19 @@ pub static TWO_EDUS: Shape = Shape {
     ],
     kernel_options: &[],
 };
+
+/// A device of two functions, which are one IOMMU group because they have no ACS: an edu and an
+/// ivshmem-plain.
+pub static ONE_GROUP: Shape = Shape {
+    name: "edu and ivshmem in one group",
+    devices: &[
+        "edu,addr=05.0,multifunction=on,dma_mask=0xffffffffffffffff",
+        "ivshmem-plain,memdev=shm,addr=05.1",
+    ],
+    ..EDU_AND_IVSHMEM
+};
+/// Of [`ONE_GROUP`]: the peer.
+const SIBLING_IVSHMEM: &str = "0000:00:05.1";
 
 /// [`EDU_AND_IVSHMEM`] on a host whose IOMMU is off. Nothing can be bound to vfio-pci there.
 pub static NO_IOMMU: Shape = Shape {
@@ -187,6 +201,7 @@ pub fn all() -> Vec<&'static Scenario> {
         peer_to_peer::SCENARIOS,
         contract_suite::SCENARIOS,
         iommufd_kernel::SCENARIOS,
+        iommufd_contract::SCENARIOS,
         hotplug::SCENARIOS,
         bad_input::SCENARIOS,
         unprivileged::SCENARIOS,
