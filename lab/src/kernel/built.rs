@@ -52,6 +52,8 @@ pub(super) fn obtain(packages: &mut Packages<'_>) -> Result<Kernel, KernelError>
     if source != pinned {
         eprintln!("lab: the mirror no longer has {pinned}; taking {source}");
     }
+    // Who waits for another run's build does not keep the package manager from a third.
+    packages.close();
     let name = EntryName::new(&subject, &source.version);
     let log = cache.root().join(format!("{}.log", name.as_str()));
     let folder = cache.entry(&name, |folder| build(packages, &source, folder, &log))?;

@@ -8,8 +8,10 @@ use std::process::{Command, Stdio};
 use super::{KernelError, io_error};
 use crate::progress::Progress;
 
-/// How much of a failed step's log is shown.
+/// How much of a failed step's log is shown: its end, and the first lines before that which tell of
+/// errors. make finishes much else after the compiler has found one.
 const TAIL_LINES: usize = 20;
+const ERROR_LINES: usize = 5;
 
 /// A step: its title, how many lines its command prints, about, and the file that gets them.
 #[derive(Debug)]
@@ -69,19 +71,22 @@ impl<'a> Step<'a> {
             step: title.to_owned(),
             how: status.to_string(),
             log: log.to_owned(),
-            tail: tail_of(log),
+            tail: excerpt_of(log),
         })
     }
 }
 
-fn tail_of(log: &Path) -> String {
+fn excerpt_of(log: &Path) -> String {
     let text = match fs::read(log) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(error) => format!("(unreadable: {error})"),
     };
     let lines: Vec<&str> = text.lines().collect();
-    let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
-    format!("    {}", tail.join("\n    "))
+    let (earlier, tail) = lines.split_at(lines.len().saturating_sub(TAIL_LINES));
+    let tells = |line: &&str| line.contains("error: ") || line.contains(" Error ");
+    let errors = earlier.iter().copied().filter(tells).take(ERROR_LINES);
+    let shown: Vec<&str> = errors.chain(tail.iter().copied()).collect();
+    format!("    {}", shown.join("\n    "))
 }
 
 #[cfg(test)]
@@ -95,13 +100,13 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_step_names_its_log_and_shows_the_end_of_both_streams() {
+    fn a_failed_step_names_its_log_and_shows_its_errors_and_its_end() {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("log");
         let step = || Step::new("trying", 3, &log);
-        step().run(&mut sh("echo early")).unwrap();
-        let script =
-            "for i in $(seq 30); do echo line $i; done; echo the reason >&2; echo end; exit 4";
+        step().run(&mut sh("echo before")).unwrap();
+        let script = "echo f.c:1: error: early; for i in $(seq 30); do echo line $i; done
+             echo the reason >&2; echo end; exit 4";
         let error = step().run(&mut sh(script)).unwrap_err();
         let KernelError::Build { step, how, .. } = &error else {
             panic!("{error:?}");
@@ -111,9 +116,10 @@ mod tests {
         assert!(shown.contains(&log.display().to_string()), "{shown}");
         let ends = "line 30\n    the reason\n    end";
         assert!(shown.ends_with(ends), "{shown}");
+        assert!(shown.contains("f.c:1: error: early\n"), "{shown}");
         assert!(!shown.contains("line 3\n"), "{shown}");
         let all = fs::read_to_string(&log).unwrap();
-        assert!(all.contains("line 1\n") && !all.contains("early"), "{all}");
+        assert!(all.contains("line 1\n") && !all.contains("before"), "{all}");
     }
 
     #[test]
