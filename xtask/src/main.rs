@@ -187,7 +187,11 @@ fn main() -> ExitCode {
 
 fn test(strictness: Strictness) -> anyhow::Result<ExitCode> {
     check::check()?;
-    workspace::cargo(&["test", "--workspace", "--locked"], &[])?;
+    let headers = headers()?;
+    workspace::cargo(
+        &["test", "--workspace", "--locked"],
+        &[("THROUGHWAY_UAPI", &headers)],
+    )?;
     interleavings()?;
     lab_test::test(
         &lab_test::Choice::default(),
@@ -217,6 +221,13 @@ fn interleavings() -> anyhow::Result<()> {
         ("CARGO_TARGET_DIR", &folder),
     ];
     workspace::cargo(&arguments, &environment)
+}
+
+/// The C headers of a kernel that knows all that `vfio_sys` does.
+fn headers() -> anyhow::Result<String> {
+    let cache = lab::cache::Cache::from_environment()?;
+    let headers = lab::headers::obtain(&mut lab::apt::Packages::new(&cache))?;
+    Ok(headers.to_string_lossy().into_owned())
 }
 
 fn fetch(only: Option<OwnKernel>) -> anyhow::Result<ExitCode> {
