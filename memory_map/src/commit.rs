@@ -235,6 +235,7 @@ impl<'a, 'w> Commit<'a, 'w> {
                 Action::Mapped
             }
             Some(reason) => {
+                let (kind, region) = self.shown(range, (kind, region));
                 if kind == RegionKind::Ram && reason != Reason::Quarantined {
                     if self.class.may_be_refused() {
                         return Err(self.refused(id, range, region, reason));
@@ -262,6 +263,16 @@ impl<'a, 'w> Commit<'a, 'w> {
             });
         }
         Ok(())
+    }
+
+    /// What a piece that could not be mapped shows by now. A mapping stays where another region comes
+    /// to show the same bytes, so what remains of one need not be of the region that it was made for;
+    /// and if any of it is RAM by now, RAM is missing.
+    fn shown(&self, range: IovaRange, made_for: (RegionKind, RegionId)) -> (RegionKind, RegionId) {
+        let state = self.inner.state.lock();
+        let mut seen = (state.layout).seen(range.start().raw(), range.last().raw());
+        seen.find(|(_, region)| region.kind == RegionKind::Ram)
+            .map_or(made_for, |(seen, region)| (region.kind, seen.region))
     }
 
     fn refused(
