@@ -1,6 +1,7 @@
 //! PCI passthrough in which every device reaches every other.
 
 mod demo;
+mod guest_driver;
 mod map_table;
 mod p2p;
 mod pattern;

@@ -50,6 +50,7 @@
 //! [`Ioas::map`]. Everything that the kernel refuses comes back as an error with its errno; nothing
 //! is logged.
 
+mod acs;
 mod bdf;
 mod cdev;
 mod container;
@@ -74,6 +75,7 @@ mod region;
 mod sysfs;
 mod type1_info;
 
+pub use acs::Bypass;
 pub use bdf::{Bdf, InvalidBdf};
 pub use cdev::Cdev;
 pub use container::Container;

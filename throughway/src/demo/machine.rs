@@ -5,10 +5,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use assigned_pci::{AssignedFunction, BarIndex, FunctionOptions, HostFunction, Windows};
 use dma_engine::{DmaEngine, Edu};
-use iommu::Type1Target;
 use memory_map::{Backing, Gpa, GpaRange, RegionId, RegionManager, TargetHandle, TargetOptions};
-use sim_host::{ContainerId, FunctionSpec, SimContainer, SimFunction, SimHost};
+use sim_host::{FunctionSpec, PowerManagement, SimFunction, SimHost};
 
+use super::space::{Kind, Space, Spaces};
 use crate::ram::GuestRam;
 
 /// The guest's RAM in bytes.
@@ -29,27 +29,27 @@ pub struct Machine {
     pub host: SimHost,
     pub map: RegionManager,
     pub ram: GuestRam,
-    /// Behind container 0.
+    /// In the first address space.
     pub first: EngineDevice,
-    /// Behind container 0, with memory in its BAR2.
+    /// In the first too, with memory in its BAR2. It can sleep and be reset.
     pub peer: AssignedFunction,
-    /// Behind container 1.
+    /// In the second address space.
     pub second: EngineDevice,
-    containers: [Arc<SimContainer>; 2],
+    spaces: Spaces,
 }
 
 impl Machine {
     /// Puts it together: nothing is registered and no BAR is placed yet.
-    pub fn new() -> Result<Self> {
+    pub fn new(kind: Kind) -> Result<Self> {
         let host = SimHost::default();
         let map = RegionManager::new();
         let first = host.add_function(FunctionSpec::edu("0000:00:05.0"))?;
-        let peer = host.add_function(FunctionSpec::shared_memory("0000:00:06.0", PEER_BAR_SIZE))?;
+        let peer = FunctionSpec::shared_memory("0000:00:06.0", PEER_BAR_SIZE)
+            .with_power_management(PowerManagement::NoSoftReset)
+            .with_express_flr();
+        let peer = host.add_function(peer)?;
         let second = host.add_function(FunctionSpec::edu("0000:00:07.0"))?;
-        let containers = [
-            Arc::new(host.container(&[&first, &peer])?),
-            Arc::new(host.container(&[&second])?),
-        ];
+        let spaces = Spaces::new(kind, &host, [&[&first, &peer], &[&second]])?;
         let ram = Backing::new(host.ram(RAM_SIZE)?);
         let ram = GuestRam::add(&map, "ram", ram, Gpa::new(0))?;
         Ok(Self {
@@ -59,21 +59,20 @@ impl Machine {
             host,
             map,
             ram,
-            containers,
+            spaces,
         })
     }
 
-    /// Registers container 0 or 1 with the map.
+    /// Registers address space 0 or 1 with the map.
     pub fn register(&self, number: usize) -> Result<TargetHandle> {
-        let container = self.containers.get(number).context("no such container")?;
-        let target = target(Arc::clone(container))?;
-        let options = TargetOptions::new(format!("container {number}"));
-        Ok(self.map.register(Box::new(target), options)?)
+        let space = self.space(number)?;
+        let options = TargetOptions::new(space.name());
+        Ok(self.map.register(self.spaces.target(space), options)?)
     }
 
-    /// How the simulated host names container 0 or 1.
-    pub fn container_id(&self, number: usize) -> Option<ContainerId> {
-        self.containers.get(number).map(|container| container.id())
+    /// Address space 0 or 1.
+    pub fn space(&self, number: usize) -> Result<&Space> {
+        self.spaces.get(number).context("no such address space")
     }
 
     /// The region of the peer's BAR2.
@@ -113,15 +112,4 @@ fn engine(map: &RegionManager, function: Arc<SimFunction>) -> Result<EngineDevic
         function: assign(map, function)?,
         engine,
     })
-}
-
-#[expect(
-    unsafe_code,
-    reason = "a simulated container takes any number for an address"
-)]
-fn target(container: Arc<SimContainer>) -> Result<Type1Target<SimContainer>> {
-    // SAFETY: the container is simulated: host addresses are looked up in a table and never
-    // followed, so no backing can give a wrong one.
-    let target = unsafe { Type1Target::new(container) };
-    Ok(target)
 }

@@ -4,9 +4,10 @@ use anyhow::Result;
 use assigned_pci::{AssignedFunction, place_bars};
 use dma_engine::DmaEngine;
 use memory_map::{Gpa, GpaRange, Iova, Reach, RegionId, TargetHandle};
-use sim_host::{BrokenTranslation, SimMapping};
+use sim_host::BrokenTranslation;
 
 use super::machine::{EngineDevice, Machine, PEER_BAR, RAM_SIZE, windows};
+use super::space::{Held, Kind};
 use super::step::{DemoReport, Step};
 use crate::map_table::MapTable;
 use crate::pattern::{comparison, pattern, read_bar};
@@ -19,32 +20,33 @@ const SOURCE: Gpa = Gpa::new(0x10_0000);
 const MAILBOX: Gpa = Gpa::new(0x20_0000);
 /// Where in the peer's BAR data go.
 const INTO_BAR: u64 = 0x4_2000;
-/// Config space offsets: the command register, and the two halves of BAR2.
-const COMMAND: u16 = 0x04;
+/// Config space offsets: the two halves of BAR2.
 const BAR2_LOW: u16 = 0x18;
 const BAR2_HIGH: u16 = 0x1c;
-/// Memory decoding and bus mastering, in the command register.
-const MEMORY_AND_MASTER: u16 = 0x0006;
-const MASTER_ONLY: u16 = 0x0004;
 
 /// Plays the whole script, with the IOMMU's translation broken or not.
-pub fn play(broken: Option<BrokenTranslation>) -> Result<DemoReport> {
-    let machine = Machine::new()?;
+pub fn play(kind: Kind, broken: Option<BrokenTranslation>) -> Result<DemoReport> {
+    let machine = Machine::new(kind)?;
     machine.host.break_translation(broken);
+    let name = |number| Ok::<_, anyhow::Error>(machine.space(number)?.name().to_owned());
+    let (one, two) = (name(0)?, name(1)?);
     let mut script = Script {
         machine,
+        noun: kind.noun(),
         steps: Vec::new(),
     };
-    let first = script.register(0)?;
-    let second = script.register(1)?;
+    let first = script.register(0, &one)?;
+    let second = script.register(1, &two)?;
     script.place()?;
+    let again = format!("{one}'s edu copies a page from RAM into BAR2");
+    let to_where_it_was = format!("{two}'s edu writes to where BAR2 was");
     script.ram_to_peer(
         "RAM to the peer's BAR",
         Who::First,
         1,
-        "container 0's edu copies a page from RAM into BAR2 of 0000:00:06.0",
+        &format!("{again} of 0000:00:06.0"),
     )?;
-    script.peer_to_ram()?;
+    script.peer_to_ram(&two)?;
     let old = script.machine.peer_address()?;
     script.half_written(&first, &second)?;
     script.other_half()?;
@@ -52,13 +54,13 @@ pub fn play(broken: Option<BrokenTranslation>) -> Result<DemoReport> {
         "the old address is gone",
         Who::First,
         old,
-        "container 0's edu writes to where BAR2 was",
+        &format!("{one}'s edu writes to where BAR2 was"),
     )?;
     script.ram_to_peer(
         "the new address works",
         Who::Second,
         2,
-        "container 1's edu copies a page from RAM into BAR2 where it is now",
+        &format!("{two}'s edu copies a page from RAM into BAR2 where it is now"),
     )?;
     let new = script.machine.peer_address()?;
     script.decoding(false)?;
@@ -66,32 +68,41 @@ pub fn play(broken: Option<BrokenTranslation>) -> Result<DemoReport> {
         "a BAR that is off cannot be reached",
         Who::Second,
         new,
-        "container 1's edu writes to where BAR2 was",
+        &to_where_it_was,
     )?;
     script.decoding(true)?;
-    script.ram_to_peer(
-        "a BAR that is on again can",
-        Who::First,
-        3,
-        "container 0's edu copies a page from RAM into BAR2",
-    )?;
-    script.unregister(second)?;
+    script.ram_to_peer("a BAR that is on again can", Who::First, 3, &again)?;
+    script.power(false)?;
     script.faults(
-        "the other container's device reaches nothing",
+        "a BAR that sleeps cannot be reached",
+        Who::Second,
+        new,
+        &to_where_it_was,
+    )?;
+    script.power(true)?;
+    script.ram_to_peer("a BAR that is awake again can", Who::First, 4, &again)?;
+    let saved = script.reset()?;
+    script.faults(
+        "a BAR that was reset cannot be reached",
+        Who::Second,
+        new,
+        &to_where_it_was,
+    )?;
+    script.put_back(&saved)?;
+    script.ram_to_peer("a BAR that was put back can", Who::First, 5, &again)?;
+    script.unregister(second, &two, &one)?;
+    script.faults(
+        "the other device reaches nothing",
         Who::Second,
         SOURCE,
-        "container 1's edu writes to RAM",
+        &format!("{two}'s edu writes to RAM"),
     )?;
-    script.ram_to_peer(
-        "the one that stayed still works",
-        Who::First,
-        4,
-        "container 0's edu copies a page from RAM into BAR2",
-    )?;
+    script.ram_to_peer("the one that stayed still works", Who::First, 6, &again)?;
     let map = MapTable::of(&script.machine.map);
-    script.power_off(first)?;
+    script.power_off(first, &one)?;
     Ok(DemoReport {
         ok: script.steps.iter().all(|step| step.ok),
+        iommu: kind,
         steps: script.steps,
         map,
     })
@@ -104,30 +115,33 @@ enum Who {
     Second,
 }
 
-struct Script {
-    machine: Machine,
+pub(super) struct Script {
+    pub machine: Machine,
+    /// What an address space is called.
+    pub noun: &'static str,
     steps: Vec<Step>,
 }
 
 /// What was seen, and whether that was expected.
-struct Seen {
-    observed: String,
-    ok: bool,
+pub(super) struct Seen {
+    pub observed: String,
+    pub ok: bool,
 }
 
 impl Script {
     /// Plays one step and counts what the simulated host was asked for meanwhile.
-    fn step<T>(
+    pub fn step<T>(
         &mut self,
-        name: &'static str,
+        name: impl Into<String>,
         did: impl Into<String>,
         expected: impl Into<String>,
         play: impl FnOnce(&mut Machine) -> Result<(T, Seen)>,
     ) -> Result<T> {
+        let mut names = Vec::new();
         self.machine.host.forget_calls();
         let (value, seen) = play(&mut self.machine)?;
         let mut step = Step {
-            name,
+            name: name.into(),
             did: did.into(),
             expected: expected.into(),
             observed: seen.observed,
@@ -136,23 +150,23 @@ impl Script {
             unmaps: 0,
             changes: Vec::new(),
         };
-        step.count(&self.machine.host.calls());
+        for number in 0..2 {
+            let space = self.machine.space(number)?;
+            names.push((space.label().to_owned(), space.name().to_owned()));
+        }
+        step.count(&self.machine.host.calls(), &names);
         self.steps.push(step);
         Ok(value)
     }
 
-    fn register(&mut self, number: usize) -> Result<TargetHandle> {
-        let name = match number {
-            0 => "container 0 joins",
-            _ => "container 1 joins",
-        };
+    fn register(&mut self, number: usize, name: &str) -> Result<TargetHandle> {
         self.step(
-            name,
-            format!("the host registers container {number}"),
+            format!("{name} joins"),
+            format!("the host registers {name}"),
             "all RAM is mapped in it, and nothing else",
             |machine| {
                 let handle = machine.register(number)?;
-                let held = held(machine, number);
+                let held = machine.space(number)?.held();
                 let bytes: u64 = held.iter().map(|mapping| mapping.iova.size()).sum();
                 let ok = bytes == RAM_SIZE && held.iter().all(|m| &*m.object == "ram0");
                 let observed = format!("{} mapping(s), {} MiB", held.len(), bytes >> 20);
@@ -162,11 +176,14 @@ impl Script {
     }
 
     fn place(&mut self) -> Result<()> {
+        let expected = format!(
+            "three BARs of a page or more are mapped in both {}s, the one of 256 bytes is trapped",
+            self.noun
+        );
         self.step(
             "the guest places its BARs",
             "sizes every BAR, gives it an address, turns decoding and bus mastering on",
-            "three BARs of a page or more are mapped in both containers, the one of 256 bytes is \
-             trapped",
+            expected,
             |machine| {
                 let functions = [
                     &machine.first.function,
@@ -186,13 +203,7 @@ impl Script {
         )
     }
 
-    fn ram_to_peer(
-        &mut self,
-        name: &'static str,
-        who: Who,
-        seed: u64,
-        did: &'static str,
-    ) -> Result<()> {
+    fn ram_to_peer(&mut self, name: &'static str, who: Who, seed: u64, did: &str) -> Result<()> {
         let expected = format!("all {LEN} bytes arrived, no fault");
         self.step(name, did, expected, |machine| {
             let data = pattern(seed, LEN);
@@ -206,9 +217,9 @@ impl Script {
         })
     }
 
-    fn peer_to_ram(&mut self) -> Result<()> {
+    fn peer_to_ram(&mut self, space: &str) -> Result<()> {
         let expected = format!("all {LEN} bytes arrived, no fault");
-        let did = "container 1's edu copies that page from BAR2 back to RAM, elsewhere";
+        let did = format!("{space}'s edu copies that page from BAR2 back to RAM, elsewhere");
         self.step("the peer's BAR to RAM", did, expected, |machine| {
             drop(machine.host.take_faults());
             let from = Iova::new(machine.peer_address()?.raw() + INTO_BAR);
@@ -224,7 +235,10 @@ impl Script {
         self.step(
             "one half of the BAR is written",
             "with decoding on, writes the lower half of BAR2's new address",
-            "BAR2 leaves both containers at once; reach: half written",
+            format!(
+                "BAR2 leaves both {}s at once; reach: half written",
+                self.noun
+            ),
             |machine| {
                 machine.peer_write(BAR2_LOW, 0x4000_0000_u32);
                 let region = machine.peer_region()?;
@@ -244,23 +258,24 @@ impl Script {
     }
 
     fn other_half(&mut self) -> Result<()> {
+        let noun = self.noun;
         self.step(
             "the other half is written",
             "writes the upper half",
-            "BAR2 is mapped at 0x9040000000 in both containers",
+            format!("BAR2 is mapped at 0x9040000000 in both {noun}s"),
             |machine| {
                 machine.peer_write(BAR2_HIGH, 0x90_u32);
                 let region = machine.peer_region()?;
                 let at = machine.peer_address()?;
                 let held = held_of(machine, region);
-                let observed = format!("mapped in {held} containers at {at}");
+                let observed = format!("mapped in {held} {noun}s at {at}");
                 let ok = held == 2 && at == Gpa::new(0x90_4000_0000);
                 Ok(((), Seen { observed, ok }))
             },
         )
     }
 
-    fn faults(&mut self, name: &'static str, who: Who, at: Gpa, did: &'static str) -> Result<()> {
+    fn faults(&mut self, name: &'static str, who: Who, at: Gpa, did: &str) -> Result<()> {
         let at = if at == SOURCE {
             at
         } else {
@@ -287,69 +302,42 @@ impl Script {
         })
     }
 
-    fn decoding(&mut self, on: bool) -> Result<()> {
-        let (name, did, expected, command, wanted) = if on {
-            (
-                "decoding comes back",
-                "sets memory decoding in the peer's command register",
-                "BAR2 is mapped in both containers again",
-                MEMORY_AND_MASTER,
-                2,
-            )
-        } else {
-            (
-                "decoding goes off",
-                "clears memory decoding in the peer's command register",
-                "BAR2 is unmapped from both containers before the device stops decoding",
-                MASTER_ONLY,
-                0,
-            )
-        };
-        self.step(name, did, expected, |machine| {
-            let bytes = command.to_le_bytes();
-            let outcome = machine.peer.config_write(COMMAND, &bytes);
-            let held = held_of(machine, machine.peer_region()?);
-            let violations = machine.host.violations();
-            let observed = match violations.first() {
-                Some(violation) => violation.to_string(),
-                None => format!("mapped in {held} containers, in the right order"),
-            };
-            let ok = held == wanted && outcome.is_ok() && violations.is_empty();
-            Ok(((), Seen { observed, ok }))
-        })
-    }
-
-    fn unregister(&mut self, handle: TargetHandle) -> Result<()> {
+    fn unregister(&mut self, handle: TargetHandle, name: &str, other: &str) -> Result<()> {
         self.step(
-            "container 1 leaves",
-            "the host unregisters container 1",
-            "nothing is left in it, container 0 keeps everything",
+            format!("{name} leaves"),
+            format!("the host unregisters {name}"),
+            format!("nothing is left in it, {other} keeps everything"),
             |machine| {
-                let kept = held(machine, 0).len();
+                let kept = machine.space(0)?.held().len();
                 let report = handle.unregister();
-                let (left, stayed) = (held(machine, 1).len(), held(machine, 0).len());
-                let observed = format!("{left} left in container 1, {stayed} in container 0");
+                let left = machine.space(1)?.held().len();
+                let stayed = machine.space(0)?.held().len();
+                let observed = format!("{left} left in {name}, {stayed} in {other}");
                 let ok = left == 0 && stayed == kept && report.quarantined.is_empty();
                 Ok(((), Seen { observed, ok }))
             },
         )
     }
 
-    fn power_off(&mut self, handle: TargetHandle) -> Result<()> {
+    fn power_off(&mut self, handle: TargetHandle, name: &str) -> Result<()> {
         self.step(
             "power off",
-            "the host unregisters container 0",
-            "no mapping and no host address is left, and nothing forbidden ever happened",
+            format!("the host unregisters {name}"),
+            "no mapping and no host address is left, no page is pinned, and nothing forbidden ever \
+             happened",
             |machine| {
                 drop(handle);
-                let left = machine.host.mappings().len();
-                let addresses = machine.host.host_mappings();
-                let violations = machine.host.violations();
+                let host = &machine.host;
+                let left = host.mappings().len() + host.ioas_mappings().len();
+                let addresses = host.host_mappings();
+                let pinned = host.locked_bytes() + host.iommufd_locked_bytes();
+                let violations = host.violations();
                 let observed = format!(
-                    "{left} mappings, {addresses} host addresses, {} violations",
+                    "{left} mappings, {addresses} host addresses, {pinned} bytes pinned, {} \
+                     violations",
                     violations.len()
                 );
-                let ok = left == 0 && addresses == 0 && violations.is_empty();
+                let ok = left == 0 && addresses == 0 && pinned == 0 && violations.is_empty();
                 Ok(((), Seen { observed, ok }))
             },
         )
@@ -388,23 +376,16 @@ fn arrived(machine: &Machine, found: &[u8], expected: &[u8]) -> Seen {
     }
 }
 
-/// What a container's IOMMU really holds.
-fn held(machine: &Machine, number: usize) -> Vec<SimMapping> {
-    let container = machine.container_id(number);
-    let mut mappings = machine.host.mappings();
-    mappings.retain(|mapping| Some(mapping.container) == container);
-    mappings
-}
-
-/// In how many containers a region is really mapped where the map has it.
-fn held_of(machine: &Machine, region: RegionId) -> usize {
+/// In how many address spaces a region is really mapped where the map has it, and leads there.
+pub(super) fn held_of(machine: &Machine, region: RegionId) -> usize {
     let Ok(info) = machine.map.region(region) else {
         return 0;
     };
     let range = info.range.map(GpaRange::to_iova);
-    let mappings = machine.host.mappings();
-    let there = |mapping: &&SimMapping| {
-        *mapping.object == *info.name.as_str() && Some(mapping.iova) == range
-    };
-    mappings.iter().filter(there).count()
+    let there =
+        |held: &Held| held.alive && *held.object == *info.name.as_str() && Some(held.iova) == range;
+    let spaces = (0..2).filter_map(|number| machine.space(number).ok());
+    spaces
+        .filter(|space| space.held().iter().any(there))
+        .count()
 }

@@ -5,12 +5,13 @@ use std::fmt;
 use serde::Serialize;
 use sim_host::{Call, CallRecord};
 
+use super::space::Kind;
 use crate::map_table::MapTable;
 
 /// One step.
 #[derive(Debug, Serialize)]
 pub struct Step {
-    pub name: &'static str,
+    pub name: String,
     /// What the guest, or the host, did.
     pub did: String,
     pub expected: String,
@@ -25,22 +26,25 @@ pub struct Step {
 }
 
 impl Step {
-    /// Takes down what the simulated host has seen during the step.
-    pub fn count(&mut self, calls: &[CallRecord]) {
+    /// Takes down what the simulated host has seen during the step; `names` says what it calls
+    /// an address space, and how it is called here.
+    pub fn count(&mut self, calls: &[CallRecord], names: &[(String, String)]) {
         for record in calls.iter().filter(|record| record.result.is_ok()) {
-            let sign = match record.call {
-                Call::MapDma => {
-                    self.maps += 1;
-                    '+'
-                }
-                Call::UnmapDma => {
-                    self.unmaps += 1;
-                    '-'
-                }
+            let (sign, how) = match record.call {
+                Call::MapDma | Call::MapFile | Call::IoasMap => ('+', ""),
+                Call::IoasCopy => ('+', " (copied)"),
+                Call::UnmapDma | Call::IoasUnmap => ('-', ""),
                 _ => continue,
             };
+            if sign == '+' {
+                self.maps += 1;
+            } else {
+                self.unmaps += 1;
+            }
             if let Some(iova) = record.iova {
-                self.changes.push(format!("{} {sign} {iova}", record.on));
+                let on = names.iter().find(|(label, _)| **label == *record.on);
+                let on = on.map_or(&*record.on, |(_, name)| name);
+                self.changes.push(format!("{on} {sign} {iova}{how}"));
             }
         }
     }
@@ -65,6 +69,8 @@ impl fmt::Display for Step {
 pub struct DemoReport {
     /// Whether every step was as expected.
     pub ok: bool,
+    /// How the IOMMU was programmed.
+    pub iommu: Kind,
     pub steps: Vec<Step>,
     /// The map before the machine was taken apart.
     pub map: MapTable,

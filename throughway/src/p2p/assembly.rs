@@ -1,5 +1,6 @@
 //! Functions, RAM and IOMMUs put together in one map, as a guest would have them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -9,25 +10,40 @@ use assigned_pci::{
 };
 use dma_engine::{DmaEngine, find_engine};
 use memory_map::{
-    Backing, CutOff, DmaTarget, Gpa, GpaRange, IovaRange, Quarantine, RegionId, RegionManager,
-    TargetHandle, TargetName, TargetOptions,
+    Backing, CutOff, DmaTarget, Filter, Gpa, GpaRange, IovaRange, Quarantine, RegionId,
+    RegionManager, TargetHandle, TargetName, TargetOptions,
 };
 
 use super::report::Pair;
 use super::windows;
+use crate::guest_driver::GuestDriver;
 use crate::ram::GuestRam;
 
 /// Where RAM begins.
 pub const RAM: Gpa = Gpa::new(0x20_0000);
 
-/// What an assembly is made from.
+/// An address space of an IOMMU: a container, or an IOAS.
+pub struct Space {
+    pub target: Box<dyn DmaTarget>,
+    /// For people.
+    pub name: String,
+    /// Whose BARs its functions may reach.
+    pub filter: Filter,
+}
+
+/// A function, with the place of its address space among all.
+pub struct PartFunction {
+    pub host: Arc<dyn HostFunction>,
+    pub space: usize,
+}
+
+/// What an assembly is made from. Nothing is mapped yet, and no function comes or goes later.
 pub struct Parts {
-    /// The IOMMU address spaces.
-    pub targets: Vec<Box<dyn DmaTarget>>,
-    /// The functions, each with the place of its address space in `targets`.
-    pub functions: Vec<(Arc<dyn HostFunction>, usize)>,
-    /// Where all of the address spaces may map.
-    pub allowed: Vec<IovaRange>,
+    pub spaces: Vec<Space>,
+    pub functions: Vec<PartFunction>,
+    /// For pairs of functions, by their places, how what the one sends to the other may go past
+    /// the IOMMU.
+    pub bypasses: BTreeMap<(usize, usize), String>,
     /// All of RAM.
     pub ram: Backing,
     /// A page of RAM that is mapped only to be unmapped again.
@@ -57,6 +73,8 @@ pub struct Assembly {
     /// A page that is not part of [`ram`](Self::ram); see [`Parts::page`].
     pub page: GuestRam,
     pub map: RegionManager,
+    /// See [`Parts::bypasses`].
+    bypasses: BTreeMap<(usize, usize), String>,
     /// Where BARs may lie.
     windows: Windows,
 }
@@ -70,16 +88,28 @@ impl Assembly {
         let ram = GuestRam::add(&map, "ram", parts.ram, RAM)?;
         let mut targets = Vec::new();
         let mut switches = Vec::new();
-        for (number, target) in parts.targets.into_iter().enumerate() {
-            let mut options = TargetOptions::new(format!("container {number}"));
+        let mut allowed: Option<Vec<IovaRange>> = None;
+        for space in parts.spaces {
+            let limits = space.target.limits();
+            let limits = limits.context("the kernel does not tell what the IOMMU can map")?;
+            allowed = Some(match allowed {
+                None => limits.allowed,
+                Some(before) => windows::common(&before, &limits.allowed),
+            });
+            let mut options = TargetOptions::new(space.name);
+            options.filter = space.filter;
             let switch = Arc::new(Announced::default());
             options.cut_off = Some(switch.clone());
             switches.push(switch);
-            let handle = map.register(target, options);
+            let handle = map.register(space.target, options);
             targets.push(handle.context("mapping RAM for the devices failed")?);
         }
         let mut members = Vec::new();
-        for (host, target) in parts.functions {
+        for PartFunction {
+            host,
+            space: target,
+        } in parts.functions
+        {
             let options = FunctionOptions::default();
             let function = Arc::new(AssignedFunction::new(host, map.clone(), &options)?);
             let switch = switches.get(target).context("no such container")?;
@@ -94,7 +124,8 @@ impl Assembly {
         }
         let functions: Vec<&AssignedFunction> = members.iter().map(|m| &*m.function).collect();
         let bars: Vec<BarInfo> = functions.iter().flat_map(|f| f.bars()).collect();
-        let windows = windows::choose(&parts.allowed, ram.range().last(), &bars)?;
+        let allowed = allowed.unwrap_or_default();
+        let windows = windows::choose(&allowed, ram.range().last(), &bars)?;
         let placed = place_bars(&functions, windows)?;
         if let Some(error) = placed.outcome.host_errors.first() {
             return Err(*error).context("placing the BARs");
@@ -105,6 +136,7 @@ impl Assembly {
             ram,
             page,
             map,
+            bypasses: parts.bypasses,
             windows,
         })
     }
@@ -121,7 +153,7 @@ impl Assembly {
         let Some(new) = self.free_place(window, old.size()) else {
             return Ok(None);
         };
-        member.write_bar(bar, new.start());
+        GuestDriver(&member.function).write_bar(&bar.info, new.start());
         let seen = self.map.lookup(new.start());
         ensure!(
             seen.is_some_and(|seen| seen.region == bar.region),
@@ -160,7 +192,9 @@ impl Assembly {
                 }
                 for bar in whose.bars() {
                     let reach = self.map.reach_of(target.id(), bar.region)?;
-                    pairs.push(Pair::new(from, who, to, whose, &bar, &reach));
+                    let bypass = self.bypasses.get(&(from, to)).cloned();
+                    let pair = Pair::new(from, who, to, whose, &bar, &reach);
+                    pairs.push(pair.with_bypass(bypass));
                 }
             }
         }
@@ -179,16 +213,6 @@ impl Member {
         .collect()
     }
 
-    /// Writes a BAR's registers, the lower first. What came of it is in the map.
-    fn write_bar(&self, bar: &MemberBar, to: Gpa) {
-        let registers = bar.register();
-        let [a, b, c, d, e, f, g, h] = to.raw().to_le_bytes();
-        let _low = self.function.config_write(registers, &[a, b, c, d]);
-        if bar.info.kind.is_64_bit() {
-            let _high = self.function.config_write(registers + 4, &[e, f, g, h]);
-        }
-    }
-
     /// One of its memory BARs.
     pub fn bar(&self, index: BarIndex) -> Option<MemberBar> {
         self.bars().into_iter().find(|bar| bar.info.index == index)
@@ -196,12 +220,6 @@ impl Member {
 }
 
 impl MemberBar {
-    /// Its register's offset in config space (PCI 3.0, 6.2.5).
-    fn register(&self) -> u16 {
-        const BAR0: u16 = 0x10;
-        BAR0 + 4 * u16::from(self.info.index.get())
-    }
-
     /// Whether reads have no side effects, so that it may be written to and put back.
     pub const fn is_prefetchable(&self) -> bool {
         let BarKind::Memory { prefetchable, .. } = self.info.kind else {

@@ -53,6 +53,18 @@ fn exercise(assembly: &mut Assembly, pair: &mut Pair, number: u64) -> Result<()>
     Ok(())
 }
 
+/// Moves data once more between a pair that was exercised.
+pub fn again(assembly: &mut Assembly, pair: &Pair) -> Result<Exercised> {
+    /// Unlike the number of any pair.
+    const SEED: u64 = 1 << 32;
+    let (from, to, ram) = two(assembly, pair.from_member, pair.to_member)?;
+    let bar = to.bar(pair.index).context("a BAR is gone")?;
+    Ok(match one(from, to, &bar, ram, SEED)? {
+        Exercise::Done => Exercised::Ok,
+        Exercise::Differs(_) | Exercise::OutOfReach(_) => Exercised::Mismatch,
+    })
+}
+
 /// Two different members, and RAM.
 pub fn two(
     assembly: &mut Assembly,

@@ -1,20 +1,25 @@
 //! `throughway p2p`: who reaches whom on a real host.
 
 mod assembly;
+mod choice;
 mod control;
 mod exercise;
 mod host;
+mod policy;
 mod report;
+mod revocation;
 mod windows;
 mod witness;
 
 use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use vfio_sys::Bdf;
 
 use self::assembly::Assembly;
+use self::choice::{Choice, Iommu};
+use self::policy::{P2pChoice, Policy};
 use self::report::P2pReport;
 
 /// Tell which of this host's devices can reach each other's BARs, or why not
@@ -24,22 +29,38 @@ use self::report::P2pReport;
 /// the other's BARs. The functions must not be in use; they are reset when the program ends.
 ///
 /// The exit status is 0 only if every memory BAR area of at least a page that is not trapped by
-/// design is mapped, every exercise is ok and every control is blocked; 1 if not; 2 if it could
-/// not be found out.
+/// design, and not kept out by --p2p, is mapped, every exercise is ok and every control is blocked;
+/// 1 if not; 2 if it could not be found out, or makes no sense.
 #[derive(Debug, Args)]
 pub struct P2pArgs {
     /// The PCI functions, such as 0000:01:00.0
     #[arg(required = true, num_args = 2.., value_name = "BDF")]
     pub functions: Vec<Bdf>,
     /// How to program the IOMMU
-    #[arg(long, value_enum, default_value_t = Iommu::Type1)]
+    #[arg(long, value_enum, default_value_t = Iommu::Auto)]
     pub iommu: Iommu,
+    /// Who may reach whose BARs: all, none, required or group=NAME:BDF,BDF
+    ///
+    /// - all: every function every other, and what cannot be is a reason in the report. The default.
+    /// - none: nobody. Functions reach RAM only.
+    /// - required: who may has to. Where a BAR is not mapped, that is told on standard error, with
+    ///   the reason; nothing is exercised, and the exit status is 1.
+    /// - group=NAME:BDF,BDF: those listed reach each other; a function in no group reaches nobody,
+    ///   one in several reaches all of theirs. May be repeated, also along with required.
+    ///
+    /// It is the address spaces that enforce it: functions with different peers have different
+    /// ones. Functions that the IOMMU cannot tell apart (an IOMMU group) must be treated alike. Where
+    /// traffic may go past the IOMMU, because a port above has no access control services (ACS), the
+    /// report has a warning.
+    #[arg(long, value_name = "WHO", default_value = "all")]
+    pub p2p: Vec<P2pChoice>,
     /// Move data with every DMA engine there is a driver for, and compare
     ///
     /// A pattern goes from RAM into each peer's prefetchable BARs and back, and what was in the
     /// BAR is put back afterwards; then the BAR is moved, and all of that is done again. As a
-    /// control, the engine is also pointed at addresses that are not mapped any more. There is a
-    /// driver for QEMU's edu.
+    /// control, the engine is also pointed at addresses that are not mapped any more: of RAM that
+    /// was taken away, of a peer that does not decode, sleeps or was reset (if it can), of a BAR
+    /// that was moved. There is a driver for QEMU's edu.
     #[arg(long)]
     pub exercise: bool,
     /// Print one JSON object instead of text
@@ -50,50 +71,55 @@ pub struct P2pArgs {
     pub memory: u64,
 }
 
-/// How to program the IOMMU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Iommu {
-    /// VFIO groups and containers
-    Type1,
-}
-
 /// Finds out and prints. Whether all is as it should be.
 pub fn run(args: &P2pArgs) -> Result<bool> {
     let distinct: BTreeSet<Bdf> = args.functions.iter().copied().collect();
     if distinct.len() != args.functions.len() {
         bail!("a function is named twice: name each once");
     }
-    let Iommu::Type1 = args.iommu;
-    let parts = host::open(&args.functions, args.memory << 20)?;
+    let policy = Policy::new(&args.p2p, &args.functions)?;
+    let (parts, choice) = host::open(&args.functions, args.iommu, &policy, args.memory << 20)?;
     let mut assembly = Assembly::new(parts)?;
-    let report = if args.exercise {
-        examine(&mut assembly, Some(&mut witness::kernel_log))?
+    let witness: Option<&mut witness::Source<'_>> = if args.exercise {
+        Some(&mut witness::kernel_log)
     } else {
-        examine(&mut assembly, None)?
+        None
     };
+    let report = examine(&mut assembly, choice, policy.required, witness)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         println!("{report}");
     }
+    if policy.required {
+        for missing in report.missing() {
+            eprintln!("throughway: {missing}; --p2p required wants it mapped");
+        }
+    }
     Ok(report.ok)
 }
 
-/// Tells for every pair what is reached, and moves data if there is somebody to ask for witness.
+/// Tells for every pair what is reached, and moves data if there is somebody to ask for witness;
+/// not, however, if a pair that is `required` is not mapped.
 fn examine(
     assembly: &mut Assembly,
+    choice: Choice,
+    required: bool,
     witness: Option<&mut witness::Source<'_>>,
 ) -> Result<P2pReport> {
     let mut pairs = assembly.pairs()?;
     let mut controls = Vec::new();
-    if let Some(witness) = witness {
+    let falls_short = required && pairs.iter().any(|pair| pair.counts);
+    if let Some(witness) = witness
+        && !falls_short
+    {
         exercise::all(assembly, &mut pairs)?;
         controls = control::in_place(assembly, &pairs, witness)?;
         controls.extend(control::moved(assembly, &pairs, witness)?);
         exercise::all(assembly, &mut pairs)?;
         controls.extend(control::unregistered(assembly, witness)?);
     }
-    Ok(P2pReport::new(pairs, controls))
+    Ok(P2pReport::new(choice, pairs, controls))
 }
 
 #[cfg(test)]

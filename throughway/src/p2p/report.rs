@@ -1,5 +1,6 @@
 //! What was found, as data and as text.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use assigned_pci::BarIndex;
@@ -7,6 +8,7 @@ use memory_map::{Reach, Reason};
 use serde::Serialize;
 
 use super::assembly::{Member, MemberBar};
+use super::choice::Choice;
 
 /// How moving data ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -27,15 +29,21 @@ pub struct Pair {
     pub reach: &'static str,
     /// What is missing and why; null where all is mapped.
     pub reason: Option<String>,
-    /// Whether `reason` is an obstacle, rather than a BAR smaller than a page or trapped by
-    /// design.
+    /// Whether `reason` is an obstacle, rather than policy, a BAR smaller than a page, or one
+    /// trapped by design.
     pub counts: bool,
+    /// How the one may get at the other without the IOMMU, so that nothing here holds; null where
+    /// it cannot, as far as is known.
+    pub bypass: Option<String>,
     /// Null where no data were moved.
     pub exercised: Option<Exercised>,
     /// Where the BAR was when data were moved into it and back, and compared.
     pub at: Vec<u64>,
     /// Why no data were moved, or what did not match.
     pub note: Option<String>,
+    /// Whether policy keeps it out.
+    #[serde(skip)]
+    pub filtered: bool,
     #[serde(skip)]
     pub from_member: usize,
     #[serde(skip)]
@@ -71,6 +79,8 @@ impl Pair {
             reach: word,
             counts: reason.is_some() && !by_design,
             reason,
+            bypass: None,
+            filtered: matches!(reach, Reach::Unavailable(Reason::Filtered)),
             exercised: None,
             at: Vec::new(),
             note: None,
@@ -80,14 +90,22 @@ impl Pair {
         }
     }
 
+    pub fn with_bypass(mut self, bypass: Option<String>) -> Self {
+        self.bypass = bypass;
+        self
+    }
+
     fn ok(&self) -> bool {
         !self.counts && self.exercised != Some(Exercised::Mismatch)
     }
 }
 
-/// Whether nobody could expect the piece to be mapped.
+/// Whether nobody could expect the piece to be mapped, or somebody wanted it not to be.
 fn by_design(reason: &Reason) -> bool {
-    matches!(reason, Reason::Trapped | Reason::SmallerThanPage { .. })
+    matches!(
+        reason,
+        Reason::Trapped | Reason::SmallerThanPage { .. } | Reason::Filtered
+    )
 }
 
 /// Whether an access to an address that is not mapped went through.
@@ -106,6 +124,8 @@ pub struct Control {
     /// What was mapped there.
     pub what: &'static str,
     pub observed: Observed,
+    /// How moving data ended when it was mapped again; null where it was not tried.
+    pub afterwards: Option<Exercised>,
     /// Who says so besides the data: the kernel's own line on the fault, if it printed one.
     pub witness: String,
 }
@@ -114,23 +134,43 @@ pub struct Control {
 #[derive(Debug, Serialize)]
 pub struct P2pReport {
     pub ok: bool,
+    /// How the IOMMU was programmed.
+    pub iommu: Choice,
     pub pairs: Vec<Pair>,
     pub controls: Vec<Control>,
 }
 
 impl P2pReport {
-    pub fn new(pairs: Vec<Pair>, controls: Vec<Control>) -> Self {
-        let blocked = controls.iter().all(|c| c.observed == Observed::Blocked);
+    pub fn new(iommu: Choice, pairs: Vec<Pair>, controls: Vec<Control>) -> Self {
         Self {
-            ok: blocked && pairs.iter().all(Pair::ok),
+            ok: controls.iter().all(Control::ok) && pairs.iter().all(Pair::ok),
+            iommu,
             pairs,
             controls,
         }
+    }
+
+    /// The pairs that have to be mapped and are not, each with its reason.
+    pub fn missing(&self) -> impl Iterator<Item = String> {
+        let missing = self.pairs.iter().filter(|pair| pair.counts);
+        missing.map(|pair| {
+            let Pair { from, to, bar, .. } = pair;
+            let reason = pair.reason.as_deref().unwrap_or_default();
+            format!("{from} does not reach BAR{bar} of {to}: {reason}")
+        })
+    }
+}
+
+impl Control {
+    fn ok(&self) -> bool {
+        self.observed == Observed::Blocked && self.afterwards != Some(Exercised::Mismatch)
     }
 }
 
 impl fmt::Display for P2pReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Choice { chosen, because } = &self.iommu;
+        writeln!(f, "IOMMU by {}: {because}", chosen.name())?;
         writeln!(
             f,
             "{:<14}{:<14}{:<6}{:<13}data",
@@ -159,6 +199,22 @@ impl fmt::Display for P2pReport {
             }
             writeln!(f)?;
         }
+        let mut warned = BTreeSet::new();
+        for pair in &self.pairs {
+            if let Pair {
+                from,
+                to,
+                bypass: Some(bypass),
+                ..
+            } = pair
+                && warned.insert((from, to))
+            {
+                writeln!(
+                    f,
+                    "warning: what {from} sends to {to} may go past the IOMMU: {bypass}"
+                )?;
+            }
+        }
         for control in &self.controls {
             let observed = match control.observed {
                 Observed::Blocked => "blocked",
@@ -171,15 +227,22 @@ impl fmt::Display for P2pReport {
                 witness,
                 ..
             } = control;
-            writeln!(
+            write!(
                 f,
                 "control: {from} at {iova:#x}, {what}: {observed} ({witness})"
             )?;
+            f.write_str(match control.afterwards {
+                Some(Exercised::Ok) => ", and ok again afterwards\n",
+                Some(Exercised::Mismatch) => ", and MISMATCH afterwards\n",
+                None => "\n",
+            })?;
         }
-        f.write_str(if self.ok {
-            "every device reaches every other"
-        } else {
-            "not every device reaches every other"
+        let filtered = self.pairs.iter().any(|pair| pair.filtered);
+        f.write_str(match (self.ok, filtered) {
+            (true, false) => "every device reaches every other",
+            (true, true) => "every device reaches those that it may, and no other",
+            (false, false) => "not every device reaches every other",
+            (false, true) => "not every device reaches those that it may, or one reaches others",
         })
     }
 }

@@ -1,51 +1,156 @@
 //! The same examination, of simulated devices.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use iommu::Type1Target;
+use assigned_pci::HostFunction;
+use iommu::{IoasTarget, RamCopies, Type1Target};
 use memory_map::{
     Backing, DmaTarget, Errno, Gpa, IovaRange, MapRequest, TargetError, TargetLimits,
 };
-use sim_host::{BrokenTranslation, Call, FunctionSpec, SimContainer, SimHost};
+use sim_host::{
+    BrokenTranslation, Call, FunctionSpec, PowerManagement, SimContainer, SimFunction, SimHost,
+    SimIoas,
+};
+use vfio_sys::Bdf;
 
-use super::assembly::{Assembly, Parts};
+use super::assembly::{Assembly, PartFunction, Parts, Space};
+use super::choice::{Choice, Kind};
+use super::examine;
+use super::policy::Policy;
 use super::report::{Exercised, Observed, P2pReport};
 use super::witness::Evidence;
-use super::{examine, windows};
+
+const EDU: &str = "0000:00:05.0";
+const PEER: &str = "0000:00:06.0";
+const OTHER: &str = "0000:00:07.0";
+const KINDS: [Kind; 2] = [Kind::Type1, Kind::Iommufd];
 
 #[expect(
     unsafe_code,
     reason = "a simulated container takes any number for an address"
 )]
-fn target(container: SimContainer) -> Box<dyn DmaTarget> {
+fn container(container: SimContainer) -> Box<dyn DmaTarget> {
     // SAFETY: the container is simulated and follows no address.
     Box::new(unsafe { Type1Target::new(Arc::new(container)) })
 }
 
-/// edu and shared memory behind one container, another edu behind a second.
-fn assembly(host: &SimHost) -> Assembly {
-    let edu = host
-        .add_function(FunctionSpec::edu("0000:00:05.0"))
-        .unwrap();
-    let peer = FunctionSpec::shared_memory("0000:00:06.0", 4 << 20);
-    let peer = host.add_function(peer).unwrap();
-    let other = host
-        .add_function(FunctionSpec::edu("0000:00:07.0"))
-        .unwrap();
-    let first = target(host.container(&[&edu, &peer]).unwrap());
-    let second = target(host.container(&[&other]).unwrap());
-    let allowed = windows::common(
-        &first.limits().unwrap().allowed,
-        &second.limits().unwrap().allowed,
-    );
+#[expect(
+    unsafe_code,
+    reason = "a simulated address space takes any number for an address"
+)]
+fn ioas(ioas: SimIoas, copies: RamCopies) -> Box<dyn DmaTarget> {
+    // SAFETY: the address space is simulated and follows no address.
+    Box::new(unsafe { IoasTarget::new(Arc::new(ioas), copies) })
+}
+
+/// An edu, shared memory that can sleep and be reset, another edu.
+fn three_functions(host: &SimHost) -> Vec<Arc<SimFunction>> {
+    let peer = FunctionSpec::shared_memory(PEER, 4 << 20)
+        .with_power_management(PowerManagement::SoftReset)
+        .with_express_flr();
+    [FunctionSpec::edu(EDU), peer, FunctionSpec::edu(OTHER)]
+        .map(|spec| host.add_function(spec).unwrap())
+        .into()
+}
+
+/// As [`super::host`] does it: an address space for all that may see the same.
+fn spaces(
+    host: &SimHost,
+    kind: Kind,
+    functions: &[Arc<SimFunction>],
+    policy: &Policy,
+) -> (Vec<Space>, Vec<PartFunction>) {
+    let filters: Vec<_> = functions
+        .iter()
+        .map(|function| policy.filter_of(bdf(&HostFunction::name(&**function))))
+        .collect();
+    let mut distinct = Vec::new();
+    for filter in &filters {
+        if !distinct.contains(filter) {
+            distinct.push(filter.clone());
+        }
+    }
+    let iommufd = host.open_iommufd();
+    let copies = RamCopies::new();
+    let spaces = distinct.iter().enumerate().map(|(number, filter)| {
+        let members = functions.iter().zip(&filters);
+        let members: Vec<&SimFunction> = members
+            .filter(|(_, its)| *its == filter)
+            .map(|(function, _)| &**function)
+            .collect();
+        let target = match kind {
+            Kind::Type1 => container(host.container(&members).unwrap()),
+            Kind::Iommufd => {
+                let space = iommufd.ioas();
+                for member in members {
+                    space.attach(member).unwrap();
+                }
+                ioas(space, copies.clone())
+            }
+        };
+        Space {
+            target,
+            name: format!("space {number}"),
+            filter: filter.clone(),
+        }
+    });
+    let spaces = spaces.collect();
+    let functions = functions.iter().zip(&filters).map(|(function, filter)| {
+        let space = distinct.iter().position(|known| known == filter).unwrap();
+        let host: Arc<SimFunction> = Arc::clone(function);
+        PartFunction { host, space }
+    });
+    (spaces, functions.collect())
+}
+
+fn bdf(text: &str) -> Bdf {
+    text.parse().unwrap()
+}
+
+fn policy(choices: &[&str]) -> Policy {
+    let choices: Vec<_> = choices.iter().map(|text| text.parse().unwrap()).collect();
+    Policy::new(&choices, &[EDU, PEER, OTHER].map(bdf)).unwrap()
+}
+
+fn assemble(host: &SimHost, (spaces, functions): (Vec<Space>, Vec<PartFunction>)) -> Assembly {
+    let bypasses = BTreeMap::from([((0, 1), "a port without ACS".to_owned())]);
     Assembly::new(Parts {
-        targets: vec![first, second],
-        functions: vec![(edu, 0), (peer, 0), (other, 1)],
-        allowed,
+        spaces,
+        functions,
+        bypasses,
         ram: Backing::new(host.ram(16 << 20).unwrap()),
         page: Backing::new(host.ram(0x1000).unwrap()),
     })
     .unwrap()
+}
+
+fn assembly(host: &SimHost, kind: Kind, choices: &[&str]) -> Assembly {
+    let functions = three_functions(host);
+    assemble(host, spaces(host, kind, &functions, &policy(choices)))
+}
+
+/// One container with an edu and shared memory, seen through `wrap`.
+fn wrapped(
+    host: &SimHost,
+    wrap: impl FnOnce(Box<dyn DmaTarget>) -> Box<dyn DmaTarget>,
+) -> Assembly {
+    let mut functions = three_functions(host);
+    functions.truncate(2);
+    let (mut spaces, functions) = spaces(host, Kind::Type1, &functions, &policy(&[]));
+    let space = spaces.pop().unwrap();
+    let space = Space {
+        target: wrap(space.target),
+        ..space
+    };
+    assemble(host, (vec![space], functions))
+}
+
+fn choice() -> Choice {
+    Choice {
+        chosen: Kind::Type1,
+        because: "it is simulated".to_owned(),
+    }
 }
 
 struct SimFaults(SimHost);
@@ -64,56 +169,154 @@ fn report(host: &SimHost, assembly: &mut Assembly) -> P2pReport {
         drop(host.take_faults());
         Ok(Box::new(SimFaults(host.clone())))
     };
-    examine(assembly, Some(&mut witness)).unwrap()
+    examine(assembly, choice(), false, Some(&mut witness)).unwrap()
+}
+
+fn pair<'r>(report: &'r P2pReport, from: &str, to: &str, bar: u8) -> &'r super::report::Pair {
+    let mut pairs = report.pairs.iter();
+    let found = pairs.find(|p| p.from == from && p.to == to && p.bar == bar);
+    found.unwrap()
+}
+
+/// After everything is dropped.
+fn ensure_clean(host: &SimHost) {
+    assert_eq!(host.mappings(), []);
+    assert_eq!(host.ioas_mappings(), []);
+    assert_eq!(host.iommufd_locked_bytes(), 0);
+    assert_eq!(host.violations(), []);
 }
 
 #[test]
 fn every_pair_is_told_exercised_and_controlled() {
+    for kind in KINDS {
+        let host = SimHost::default();
+        let mut assembly = assembly(&host, kind, &[]);
+        let report = report(&host, &mut assembly);
+        assert!(report.ok, "{report}");
+        for from in [EDU, OTHER] {
+            let bar2 = pair(&report, from, PEER, 2);
+            assert_eq!(
+                (bar2.reach, bar2.exercised),
+                ("mapped", Some(Exercised::Ok))
+            );
+            assert_eq!(
+                bar2.at.len(),
+                2,
+                "at its first place and where it was moved"
+            );
+            assert_ne!(bar2.at[0], bar2.at[1]);
+            let bar0 = pair(&report, from, PEER, 0);
+            assert_eq!((bar0.reach, bar0.counts), ("unavailable", false));
+        }
+        // Two edus, each with a page of RAM, the peer's BAR2 off, asleep, reset and moved, and all
+        // of RAM at the end.
+        assert_eq!(report.controls.len(), 12);
+        for control in &report.controls {
+            assert_eq!(control.observed, Observed::Blocked);
+            assert!(control.witness.contains("DMA write"), "{}", control.witness);
+        }
+        let again = report.controls.iter();
+        let again = again.filter(|control| control.afterwards == Some(Exercised::Ok));
+        assert_eq!(again.count(), 6, "what the kernel revoked is reached again");
+        drop(assembly);
+        ensure_clean(&host);
+    }
+}
+
+#[test]
+fn one_in_a_container_and_one_on_iommufd_reach_each_other() {
     let host = SimHost::default();
-    let mut assembly = assembly(&host);
+    let functions = three_functions(&host);
+    let (old, new) = functions.split_at(1);
+    let (mut all, mut parts) = spaces(&host, Kind::Type1, old, &policy(&[]));
+    let (more, rest) = spaces(&host, Kind::Iommufd, new, &policy(&[]));
+    all.extend(more);
+    parts.extend(
+        rest.into_iter()
+            .map(|part| PartFunction { space: 1, ..part }),
+    );
+    let mut assembly = assemble(&host, (all, parts));
     let report = report(&host, &mut assembly);
     assert!(report.ok, "{report}");
-    let pair = |from: &str, to: &str, bar| {
-        let found = report
-            .pairs
-            .iter()
-            .find(|p| p.from.ends_with(from) && p.to.ends_with(to) && p.bar == bar);
-        found.unwrap()
-    };
-    for from in ["05.0", "07.0"] {
-        let bar2 = pair(from, "06.0", 2);
-        assert_eq!(
-            (bar2.reach, bar2.exercised),
-            ("mapped", Some(Exercised::Ok))
-        );
-        assert_eq!(
-            bar2.at.len(),
-            2,
-            "at its first place and where it was moved"
-        );
-        assert_ne!(bar2.at[0], bar2.at[1]);
-        let bar0 = pair(from, "06.0", 0);
-        assert_eq!((bar0.reach, bar0.counts), ("unavailable", false));
-    }
-    // Two edus, each with a page of RAM, the peer's BAR2 off and moved, and all of RAM at the end.
-    assert_eq!(report.controls.len(), 8);
-    for control in &report.controls {
-        assert_eq!(control.observed, Observed::Blocked);
-        assert!(control.witness.contains("DMA write"), "{}", control.witness);
+    for from in [EDU, OTHER] {
+        assert_eq!(pair(&report, from, PEER, 2).exercised, Some(Exercised::Ok));
     }
     drop(assembly);
-    assert_eq!(host.mappings(), []);
-    assert_eq!(host.violations(), []);
+    ensure_clean(&host);
+}
+
+#[test]
+fn policy_none_blocks_and_is_no_failure() {
+    for kind in KINDS {
+        let host = SimHost::default();
+        let mut assembly = assembly(&host, kind, &["none"]);
+        let report = report(&host, &mut assembly);
+        assert!(report.ok, "{report}");
+        for from in [EDU, OTHER] {
+            let bar2 = pair(&report, from, PEER, 2);
+            assert_eq!((bar2.reach, bar2.counts), ("unavailable", false));
+            assert_eq!(bar2.reason.as_deref(), Some("kept out by policy"));
+            assert_eq!(bar2.exercised, None);
+        }
+        let kept_out = report.controls.iter();
+        let kept_out = kept_out.filter(|control| control.what == "a BAR that policy keeps out");
+        assert_eq!(kept_out.count(), 2);
+        drop(assembly);
+        ensure_clean(&host);
+    }
+}
+
+#[test]
+fn a_group_reaches_within_itself_only_and_ram_is_pinned_once() {
+    for kind in KINDS {
+        let host = SimHost::default();
+        let choices = ["group=fast:00:05.0,00:06.0"];
+        let mut assembly = assembly(&host, kind, &choices);
+        assert_eq!(assembly.targets.len(), 2);
+        if kind == Kind::Iommufd {
+            assert_eq!(host.iommufd_locked_bytes(), (16 << 20) + 0x1000);
+        }
+        let report = report(&host, &mut assembly);
+        assert!(report.ok, "{report}");
+        assert_eq!(pair(&report, EDU, PEER, 2).exercised, Some(Exercised::Ok));
+        let outside = pair(&report, OTHER, PEER, 2);
+        assert!(outside.filtered && outside.exercised.is_none());
+        assert!(pair(&report, PEER, OTHER, 0).filtered);
+        let kept_out = report.controls.iter();
+        let kept_out = kept_out.filter(|control| control.what == "a BAR that policy keeps out");
+        assert!(kept_out.clone().all(|control| control.from == OTHER));
+        assert_eq!(kept_out.count(), 1);
+        drop(assembly);
+        ensure_clean(&host);
+    }
+}
+
+#[test]
+fn traffic_that_may_go_past_the_iommu_is_warned_of() {
+    let host = SimHost::default();
+    let mut assembly = assembly(&host, Kind::Type1, &[]);
+    let report = examine(&mut assembly, choice(), false, None).unwrap();
+    assert!(report.ok);
+    let text = report.to_string();
+    let warning = format!("warning: what {EDU} sends to {PEER} may go past the IOMMU: a port");
+    assert_eq!(text.matches("warning:").count(), 1, "{text}");
+    assert!(text.contains(&warning), "{text}");
+    let json = serde_json::to_value(&report).unwrap();
+    let warned = json["pairs"].as_array().unwrap().iter();
+    let warned = warned.filter(|pair| pair["bypass"] == "a port without ACS");
+    assert_eq!(warned.count(), 2, "one for each BAR");
+    assert_eq!(json["iommu"]["chosen"], "type1");
+    assert_eq!(json["iommu"]["because"], "it is simulated");
 }
 
 #[test]
 fn data_that_do_not_arrive_are_a_mismatch() {
     let host = SimHost::default();
-    let mut assembly = assembly(&host);
+    let mut assembly = assembly(&host, Kind::Type1, &[]);
     let mut pairs = assembly.pairs().unwrap();
     host.break_translation(Some(BrokenTranslation::Shift(0x1000)));
     super::exercise::all(&mut assembly, &mut pairs).unwrap();
-    let report = P2pReport::new(pairs, Vec::new());
+    let report = P2pReport::new(choice(), pairs, Vec::new());
     assert!(!report.ok);
     let mismatches = report.pairs.iter();
     let mismatches = mismatches.filter(|p| p.exercised == Some(Exercised::Mismatch));
@@ -142,21 +345,7 @@ impl DmaTarget for Deaf {
 #[test]
 fn a_control_that_arrives_is_told() {
     let host = SimHost::default();
-    let edu = host
-        .add_function(FunctionSpec::edu("0000:00:05.0"))
-        .unwrap();
-    let peer = FunctionSpec::shared_memory("0000:00:06.0", 4 << 20);
-    let peer = host.add_function(peer).unwrap();
-    let container = target(host.container(&[&edu, &peer]).unwrap());
-    let allowed = container.limits().unwrap().allowed;
-    let mut assembly = Assembly::new(Parts {
-        targets: vec![Box::new(Deaf(container))],
-        functions: vec![(edu, 0), (peer, 0)],
-        allowed,
-        ram: Backing::new(host.ram(16 << 20).unwrap()),
-        page: Backing::new(host.ram(0x1000).unwrap()),
-    })
-    .unwrap();
+    let mut assembly = wrapped(&host, |target| Box::new(Deaf(target)));
     let report = report(&host, &mut assembly);
     assert!(!report.ok);
     let control = &report.controls[0];
@@ -167,26 +356,39 @@ fn a_control_that_arrives_is_told() {
 #[test]
 fn a_bar_that_cannot_be_mapped_counts_and_is_told() {
     let host = SimHost::default();
-    let edu = host
-        .add_function(FunctionSpec::edu("0000:00:05.0"))
-        .unwrap();
-    let peer = FunctionSpec::shared_memory("0000:00:06.0", 4 << 20);
-    let peer = host.add_function(peer).unwrap();
-    let container = target(host.container(&[&edu, &peer]).unwrap());
-    let allowed = container.limits().unwrap().allowed;
     // RAM and the control page are mapped; every BAR after them is refused.
     host.fail(Call::MapDma, 3, 14);
-    let mut assembly = Assembly::new(Parts {
-        targets: vec![container],
-        functions: vec![(edu, 0), (peer, 0)],
-        allowed,
-        ram: Backing::new(host.ram(16 << 20).unwrap()),
-        page: Backing::new(host.ram(0x1000).unwrap()),
-    })
-    .unwrap();
-    let report = examine(&mut assembly, None).unwrap();
+    let mut assembly = wrapped(&host, |target| target);
+    let report = examine(&mut assembly, choice(), false, None).unwrap();
     assert!(!report.ok);
     let refused = report.pairs.iter().find(|pair| pair.counts).unwrap();
     assert_eq!(refused.reach, "unavailable");
     assert!(refused.reason.as_ref().unwrap().contains("Bad address"));
+}
+
+#[test]
+fn a_required_pair_that_is_not_mapped_is_named_and_nothing_is_exercised() {
+    let host = SimHost::default();
+    host.fail(Call::MapDma, 3, 14);
+    let mut assembly = wrapped(&host, |target| target);
+    let mut asked = 0;
+    let mut witness = || -> anyhow::Result<Box<dyn Evidence>> {
+        asked += 1;
+        Ok(Box::new(SimFaults(host.clone())))
+    };
+    let report = examine(&mut assembly, choice(), true, Some(&mut witness)).unwrap();
+    assert!(!report.ok);
+    let missing: Vec<String> = report.missing().collect();
+    assert_eq!(missing.len(), 1, "{missing:?}");
+    assert!(missing[0].contains("Bad address"), "{missing:?}");
+    let exercised = report.pairs.iter().filter(|pair| pair.exercised.is_some());
+    assert_eq!((asked, exercised.count(), report.controls.len()), (0, 0, 0));
+
+    // Negative control: where all is mapped, it is exercised.
+    let host = SimHost::default();
+    let mut assembly = wrapped(&host, |target| target);
+    let mut witness =
+        || -> anyhow::Result<Box<dyn Evidence>> { Ok(Box::new(SimFaults(host.clone()))) };
+    let report = examine(&mut assembly, choice(), true, Some(&mut witness)).unwrap();
+    assert!(report.ok && report.missing().count() == 0, "{report}");
 }

@@ -1,0 +1,70 @@
+//! By groups and containers.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use assigned_pci::HostFunction;
+use iommu::Type1Target;
+use vfio_sys::{Container, Opener};
+
+use super::super::assembly::{PartFunction, Space};
+use super::{Host, Opened};
+
+/// Opens them: a container for all that may see the same, or several where their IOMMUs differ.
+pub fn open(host: &Host<'_>) -> Result<Opened> {
+    let (classes, places) = host.by_filter();
+    // Each class has containers of its own. No group is in two classes.
+    let mut openers = Vec::new();
+    for _ in &classes {
+        openers.push(Opener::new(host.sysfs.clone()));
+    }
+    // Everything that can be wrong with any group is said before one is attached.
+    for ((_, members), opener) in classes.iter().zip(&mut openers) {
+        for bdf in members {
+            opener.group(*bdf)?;
+        }
+    }
+    // All groups join before anything is mapped, so that no container's ranges shrink later.
+    let mut spaces = Vec::new();
+    let mut containers: Vec<Arc<Container>> = Vec::new();
+    for ((filter, members), opener) in classes.iter().zip(&mut openers) {
+        for bdf in members {
+            let container = opener.container(*bdf)?;
+            if containers
+                .iter()
+                .any(|known| Arc::ptr_eq(known, &container))
+            {
+                continue;
+            }
+            spaces.push(Space {
+                name: format!("container {}", containers.len()),
+                filter: filter.clone(),
+                target: Box::new(target(Arc::clone(&container))),
+            });
+            containers.push(container);
+        }
+    }
+    let mut functions = Vec::new();
+    for (bdf, place) in host.functions.iter().zip(places) {
+        let Some(opener) = openers.get_mut(place) else {
+            continue;
+        };
+        let container = opener.container(*bdf)?;
+        let space = containers.iter().position(|c| Arc::ptr_eq(c, &container));
+        let device = opener.device(*bdf)?;
+        let function: Arc<dyn HostFunction> = host.function(*bdf, device)?;
+        functions.push(PartFunction {
+            host: function,
+            space: space.unwrap_or_default(),
+        });
+    }
+    Ok(Opened { spaces, functions })
+}
+
+#[expect(unsafe_code, reason = "what the container maps must be real memory")]
+fn target(container: Arc<Container>) -> Type1Target<Container> {
+    // SAFETY: the map that this target is registered with has two kinds of backing: `Ram` of
+    // `host_memory` and the BARs of `VfioFunction`s. Both give the address of a mapping of their
+    // own that lives as long as its `HostMapping`, and no reference is ever made into either.
+    unsafe { Type1Target::new(container) }
+}
