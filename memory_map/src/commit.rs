@@ -75,6 +75,8 @@ pub(crate) struct Commit<'a, 'w> {
     /// Whether somebody else has taken a step in between.
     pub(crate) interrupted: bool,
     pub(crate) class: Class,
+    /// Nothing of the layout changes, and one target alone is brought up to date.
+    pub(crate) only_one_target: bool,
     pub(crate) watch: &'a mut Watch<'w>,
     pub(crate) progress: Progress,
     pub(crate) journal: SmallVec<[Done; 2]>,
@@ -117,6 +119,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             seen_steps,
             interrupted: false,
             class,
+            only_one_target: false,
             watch,
             progress: Progress { done: 0, total: 0 },
             journal: SmallVec::new(),
@@ -184,7 +187,10 @@ impl<'a, 'w> Commit<'a, 'w> {
         let range = iova(unmap.start, unmap.last);
         let bisects = unmap.bisects();
         let Some(outcome) = call_unmap(driver, range) else {
-            return Ok(false);
+            return match self.stopped(id, range) {
+                Some(why) => self.quarantine(id, why).map(|()| false),
+                None => Ok(false),
+            };
         };
         if let Err(error) = outcome {
             let why = Quarantine::Unmap { range, error };
@@ -308,10 +314,13 @@ impl<'a, 'w> Commit<'a, 'w> {
         let Some(target) = state.targets.get_mut(&id) else {
             return "a target that left".into();
         };
+        let is_new = target.quarantined.is_none();
         target.quarantined = Some(why.clone());
         let options = target.options.clone();
         drop(state);
-        self.cut_off(&options, why);
+        if is_new {
+            self.cut_off(&options, why);
+        }
         self.report.quarantined.push((id, why.clone()));
         options.name
     }
