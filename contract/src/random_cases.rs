@@ -23,11 +23,16 @@ const LOCKED: usize = 8;
 const BAR_PAGES: u64 = 8;
 
 /// Numbers that look random and are the same every time (xorshift).
-struct Numbers(u64);
+pub(crate) struct Numbers(u64);
 
 impl Numbers {
+    /// The same ones each time.
+    pub const fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+
     /// Less than `end`.
-    fn below(&mut self, end: u64) -> u64 {
+    pub fn below(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -35,18 +40,18 @@ impl Numbers {
     }
 
     /// Once in `of` times.
-    fn rarely(&mut self, of: u64) -> bool {
+    pub fn rarely(&mut self, of: u64) -> bool {
         self.below(of) == 0
     }
 }
 
 /// A result as the model has it.
-fn plain<T>(result: io::Result<T>) -> Result<T, i32> {
+pub(crate) fn plain<T>(result: io::Result<T>) -> Result<T, i32> {
     result.map_err(|error| error.raw_os_error().unwrap_or(0))
 }
 
 pub(crate) fn random_calls_end_as_the_model_says(bench: &mut dyn Bench) -> Verdict {
-    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    let mut numbers = Numbers::new();
     let ram_pages = bench.ram().size / PAGE;
     let mut model = Model::new(ram_pages, LOCKED, RESERVED..PAGES * 2);
     let limit = u64::try_from(LOCKED).unwrap_or(0).saturating_mul(PAGE);
@@ -72,7 +77,7 @@ fn entries_left(bench: &dyn Bench) -> Result<u32, Complaint> {
     Ok(granted(bench.container().info())?.entries_left.unwrap_or(0))
 }
 
-fn numbered(call: usize, complaint: Complaint) -> Complaint {
+pub(crate) fn numbered(call: usize, complaint: Complaint) -> Complaint {
     match complaint {
         Complaint::Failed { expected, got } => Complaint::Failed {
             expected: format!("of call {call}: {expected}"),

@@ -9,17 +9,17 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use assigned_pci::{BarIndex, HostFunction};
 use contract::iommufd::{Bench, Function, IommufdHost, cases, resetting_cases, run};
 use contract::{CaseResult, Window};
 use dma_engine::{DmaEngine, find_engine};
 use iommu::IoAddressSpace;
-use memory_map::{Access, Backing, BackingObject, HostMapping, HostVa, IovaRange};
+use memory_map::{Access, Backing, BackingObject, Errno, HostMapping, HostVa, IovaRange};
 use sim_host::{
-    BrokenTranslation, Call, CallPoint, FunctionSpec, GroupId, PowerManagement, SimBarArea,
-    SimFunction, SimHost, SimIoas, SimIommufd, SimRam,
+    BrokenTranslation, Call, CallPoint, CallRecord, FunctionSpec, GroupId, PowerManagement,
+    SimBarArea, SimFunction, SimHost, SimIoas, SimIommufd, SimRam,
 };
 
 const RAM_SIZE: u64 = 0x4_0000;
@@ -341,6 +341,46 @@ fn lying_unmaps_are_noticed() {
     ] {
         assert!(failed.contains(&case), "{case} passed; failed: {failed:?}");
     }
+}
+
+/// Negative control: one map in thousands goes wrong.
+#[test]
+fn one_wrong_answer_among_thousands_is_noticed() {
+    let failed = failed_on(|host, _| host.fail(Call::MapFile, 1_000, libc::EIO));
+    assert_eq!(failed, ["random_calls_end_as_the_model_says"]);
+}
+
+/// The random calls meet every rule that they are to meet, many times.
+#[test]
+fn random_calls_end_in_every_way() {
+    static HOST: Mutex<Option<SimHost>> = Mutex::new(None);
+    let sim = Sim {
+        one_group: false,
+        sabotage: |host, _| *HOST.lock().unwrap() = Some(host.clone()),
+    };
+    let mut random = cases();
+    random.retain(|case| case.name.contains("random_calls"));
+    assert_eq!(failures(&run(&sim, &random, |_| ())), [""; 0]);
+    let calls = HOST.lock().unwrap().take().unwrap().calls();
+    let count = |call: Call, errno: Option<i32>| {
+        let ended = |record: &&CallRecord| {
+            record.call == call && record.result.err().map(Errno::raw) == errno
+        };
+        calls.iter().filter(ended).count()
+    };
+    for errno in [libc::EINVAL, libc::EEXIST, libc::ENOMEM, libc::ENODEV] {
+        let times = count(Call::MapFile, Some(errno));
+        assert!(times >= 20, "map, errno {errno}: only {times} times");
+    }
+    for errno in [libc::EINVAL, libc::EEXIST, libc::ENOENT, libc::EPERM] {
+        let times = count(Call::IoasCopy, Some(errno));
+        assert!(times >= 10, "copy, errno {errno}: only {times} times");
+    }
+    for call in [Call::MapFile, Call::IoasUnmap] {
+        assert!(count(call, None) >= 200);
+    }
+    assert!(count(Call::IoasCopy, None) >= 50);
+    assert!(count(Call::IoasUnmap, Some(libc::ENOENT)) >= 200);
 }
 
 /// The silent success: a BAR that is revoked between being found and being mapped.

@@ -167,6 +167,7 @@ impl Cache {
         }
         let building = self.root.join("building").join(name.as_str());
         if building.exists() {
+            eprintln!("lab: clearing away what an interrupted run has left");
             fs::remove_dir_all(&building)
                 .map_err(io_error("remove the half-made folder", &building))?;
         }

@@ -138,7 +138,7 @@ pub enum KernelError {
         lines: Vec<String>,
     },
     /// A step of the build failed.
-    #[error("{step} failed ({how}); all it said is in {log}, its end is:\n{tail}")]
+    #[error("{step} failed ({how}); all it said is in {log}, among it:\n{tail}")]
     Build {
         /// What was being done.
         step: String,
@@ -146,7 +146,7 @@ pub enum KernelError {
         how: String,
         /// Everything the step said. It stays until the next build.
         log: PathBuf,
-        /// The end of it.
+        /// Its first errors and its end.
         tail: String,
     },
     /// A module is compressed in a way that is not understood.

@@ -23,6 +23,7 @@ pub mod channel;
 pub mod cpio;
 pub mod disk;
 pub mod dmar;
+pub mod headers;
 pub mod initramfs;
 pub mod kernel;
 mod line;

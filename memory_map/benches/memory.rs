@@ -50,7 +50,7 @@ fn measured<T>(make: impl FnOnce() -> T) -> (T, usize, Duration) {
 
 fn main() {
     println!("regions    segments  map/segment  target/segment  build      register   BAR move");
-    for regions in [1_000, 100_000, 629_032] {
+    for regions in [1_000, 100_000, 812_500] {
         let (mut machine, map, build) = measured(|| Machine::new(regions));
         let (target, ledger, register) = measured(|| machine.register());
         let segments = machine.map.view().len();

@@ -75,6 +75,8 @@ pub(crate) struct Commit<'a, 'w> {
     /// Whether somebody else has taken a step in between.
     pub(crate) interrupted: bool,
     pub(crate) class: Class,
+    /// Nothing of the layout changes, and one target alone is brought up to date.
+    pub(crate) only_one_target: bool,
     pub(crate) watch: &'a mut Watch<'w>,
     pub(crate) progress: Progress,
     pub(crate) journal: SmallVec<[Done; 2]>,
@@ -117,6 +119,7 @@ impl<'a, 'w> Commit<'a, 'w> {
             seen_steps,
             interrupted: false,
             class,
+            only_one_target: false,
             watch,
             progress: Progress { done: 0, total: 0 },
             journal: SmallVec::new(),
@@ -184,7 +187,10 @@ impl<'a, 'w> Commit<'a, 'w> {
         let range = iova(unmap.start, unmap.last);
         let bisects = unmap.bisects();
         let Some(outcome) = call_unmap(driver, range) else {
-            return Ok(false);
+            return match self.stopped(id, range) {
+                Some(why) => self.quarantine(id, why).map(|()| false),
+                None => Ok(false),
+            };
         };
         if let Err(error) = outcome {
             let why = Quarantine::Unmap { range, error };
@@ -235,6 +241,7 @@ impl<'a, 'w> Commit<'a, 'w> {
                 Action::Mapped
             }
             Some(reason) => {
+                let (kind, region) = self.shown(range, (kind, region));
                 if kind == RegionKind::Ram && reason != Reason::Quarantined {
                     if self.class.may_be_refused() {
                         return Err(self.refused(id, range, region, reason));
@@ -262,6 +269,16 @@ impl<'a, 'w> Commit<'a, 'w> {
             });
         }
         Ok(())
+    }
+
+    /// What a piece that could not be mapped shows by now. A mapping stays where another region comes
+    /// to show the same bytes, so what remains of one need not be of the region that it was made for;
+    /// and if any of it is RAM by now, RAM is missing.
+    fn shown(&self, range: IovaRange, made_for: (RegionKind, RegionId)) -> (RegionKind, RegionId) {
+        let state = self.inner.state.lock();
+        let mut seen = (state.layout).seen(range.start().raw(), range.last().raw());
+        seen.find(|(_, region)| region.kind == RegionKind::Ram)
+            .map_or(made_for, |(seen, region)| (region.kind, seen.region))
     }
 
     fn refused(
@@ -297,10 +314,13 @@ impl<'a, 'w> Commit<'a, 'w> {
         let Some(target) = state.targets.get_mut(&id) else {
             return "a target that left".into();
         };
+        let is_new = target.quarantined.is_none();
         target.quarantined = Some(why.clone());
         let options = target.options.clone();
         drop(state);
-        self.cut_off(&options, why);
+        if is_new {
+            self.cut_off(&options, why);
+        }
         self.report.quarantined.push((id, why.clone()));
         options.name
     }

@@ -6,8 +6,12 @@ use crate::plan::NewMapping;
 use crate::state::{Callee, Driver, InFlight, TakenOff};
 use crate::translation::iova;
 use crate::{
-    ChangeError, Epoch, IovaRange, MapRequest, Quarantine, Reason, RegionId, TargetError, TargetId,
+    ChangeError, DmaTarget, Epoch, Errno, IovaRange, MapRequest, Quarantine, Reason, RegionId,
+    TargetError, TargetId,
 };
+
+/// Of Linux, on every processor.
+const EIO: i32 = 5;
 
 /// How often a mapping is tried that is revoked while it is being made.
 const REVOKED_TRIES: usize = 3;
@@ -20,21 +24,34 @@ enum Called {
     Refused(Reason),
     /// May be there.
     Unknown(Quarantine),
+    /// The target gets no more calls.
+    Stopped,
 }
 
 /// Has a target make a mapping. Needs no lock of the map's.
 fn call_map(callee: &mut Callee, request: &MapRequest) -> Called {
-    let called = try_to_map(callee, request);
-    if matches!(called, Called::Unknown(_)) {
+    let called = callee.call(|target| {
+        let _kept = KeptOnPanic(request);
+        try_to_map(target, request)
+    });
+    if matches!(called, Some(Called::Unknown(_))) {
         callee.stop();
     }
-    called
+    called.unwrap_or(Called::Stopped)
 }
 
-fn try_to_map(callee: &mut Callee, request: &MapRequest) -> Called {
-    let Some(target) = callee.target() else {
-        return Called::Refused(Reason::Quarantined);
-    };
+/// If a target panics in a call, what it was to map may be mapped: its pages are never given back.
+struct KeptOnPanic<'r>(&'r MapRequest);
+
+impl Drop for KeptOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::mem::forget((self.0.backing.clone(), self.0.host.clone()));
+        }
+    }
+}
+
+fn try_to_map(target: &mut dyn DmaTarget, request: &MapRequest) -> Called {
     let range = request.iova;
     for _ in 0..REVOKED_TRIES {
         let epoch = request.backing.epoch();
@@ -66,7 +83,7 @@ fn try_to_map(callee: &mut Callee, request: &MapRequest) -> Called {
 /// the quarantine.
 pub(crate) fn call_unmap(driver: &Driver, range: IovaRange) -> Option<Result<(), TargetError>> {
     let mut callee = driver.lock();
-    let outcome = callee.target()?.unmap(range);
+    let outcome = callee.call(|target| target.unmap(range))?;
     if outcome.is_err() {
         callee.stop();
     }
@@ -128,11 +145,21 @@ impl Commit<'_, '_> {
         }
     }
 
+    /// Why a target is to be quarantined that gets no more calls, unless it is: it has panicked in
+    /// one, or another thread is about to say.
+    pub(crate) fn stopped(&self, id: TargetId, range: IovaRange) -> Option<Quarantine> {
+        let quarantined = self
+            .inner
+            .with_target(id, |target| target.quarantined.is_some());
+        let error = TargetError::Unknown(Errno::new(EIO));
+        (quarantined == Some(false)).then_some(Quarantine::Map { range, error })
+    }
+
     /// Enters in the ledger what is there, or may be. The ledger is exact before anybody can plan
     /// with it again. Returns why the mapping is not there, and why the target is to be
     /// quarantined.
     fn enter(
-        &self,
+        &mut self,
         id: TargetId,
         region: RegionId,
         request: MapRequest,
@@ -142,6 +169,10 @@ impl Commit<'_, '_> {
         let (epoch, why) = match called {
             // Landed when it is dropped.
             Called::Refused(reason) => return (Some(reason), None),
+            Called::Stopped => {
+                let why = self.stopped(id, request.iova);
+                return (Some(Reason::Quarantined), why);
+            }
             Called::Mapped(epoch) => (epoch, None),
             // Its pages stay, and the end of the target tries once more to take it down.
             Called::Unknown(why) => (request.backing.epoch(), Some(why)),
@@ -158,10 +189,13 @@ impl Commit<'_, '_> {
             _host: request.host,
         };
         let mut entry = Some(entry);
+        let mut cut_off = None;
         self.inner.with_target(id, |target| {
-            // Quarantined at once, so that nobody takes it for a mapping like any other.
-            if target.quarantined.is_none() {
-                target.quarantined.clone_from(&why);
+            // Quarantined at once, so that nobody takes it for a mapping like any other. Whoever
+            // does that has its devices cut off; the target may leave before the next turn.
+            if let Some(why) = why.as_ref().filter(|_| target.quarantined.is_none()) {
+                target.quarantined = Some(why.clone());
+                cut_off = Some(target.options.clone());
             }
             if let Some(entry) = entry.take() {
                 target.ledger.entries.insert(start, entry);
@@ -173,6 +207,9 @@ impl Commit<'_, '_> {
         // Nobody unregisters a target while something is in flight to it; if it were gone all
         // the same, the pages would have to stay.
         entry.into_iter().for_each(std::mem::forget);
+        if let (Some(options), Some(why)) = (cut_off, &why) {
+            self.cut_off(&options, why);
+        }
         (why.as_ref().map(|_| Reason::Quarantined), why)
     }
 }

@@ -24,7 +24,7 @@ impl Commit<'_, '_> {
         dirty: &[(u64, u64)],
     ) -> Result<SmallVec<[Planned; 1]>, ChangeError> {
         let mut plans: SmallVec<[Planned; 1]> = SmallVec::new();
-        let mut state = self.inner.landed(dirty);
+        let mut state = self.inner.landed(targets, dirty);
         let state = &mut *state;
         for &id in targets {
             let Some(target) = state.targets.get_mut(&id) else {

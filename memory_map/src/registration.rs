@@ -76,7 +76,11 @@ impl Inner {
             }
             // There is nothing to go back to but an empty target.
             Err(cause) => {
-                let target = self.state.lock().targets.remove(&id);
+                let mut state = self.state.lock();
+                // Others map what they add into it, too.
+                self.wait_until_landed(&mut state, id);
+                let target = state.targets.remove(&id);
+                drop(state);
                 Err(match target {
                     Some(target) => commit.undo_joining(cause, id, target),
                     None => cause,
@@ -123,6 +127,7 @@ impl Inner {
             .ok_or_else(unknown)?;
         let mut watch = |_| ControlFlow::Continue(());
         let mut commit = Commit::new(self, turn, Class::Host, &mut watch);
+        commit.only_one_target = true;
         let dirty = [EVERYTHING];
         let outcome = commit.run(&[id], &dirty).map_err(|cause| {
             self.with_target(id, |target| target.limits = before);

@@ -53,9 +53,15 @@ impl Callee {
         }))
     }
 
-    /// The target, unless it is to get no more calls.
-    pub(crate) fn target(&mut self) -> Option<&mut dyn DmaTarget> {
-        (!self.stopped).then_some(&mut *self.target)
+    /// Calls the target, unless it is to get no more calls. One that panics gets none either.
+    pub(crate) fn call<T>(&mut self, act: impl FnOnce(&mut dyn DmaTarget) -> T) -> Option<T> {
+        if self.stopped {
+            return None;
+        }
+        self.stopped = true;
+        let outcome = act(&mut *self.target);
+        self.stopped = false;
+        Some(outcome)
     }
 
     /// The target, for those who ask it and for those who end it.
@@ -129,9 +135,10 @@ impl fmt::Debug for Inner {
 }
 
 impl State {
-    /// Whether something is being mapped in the dirty ranges.
-    pub(crate) fn is_in_flight(&self, dirty: &[(u64, u64)]) -> bool {
-        self.targets.values().any(|target| {
+    /// Whether something is being mapped in the dirty ranges of some of these targets.
+    fn is_in_flight(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> bool {
+        let mut targets = targets.iter().filter_map(|id| self.targets.get(id));
+        targets.any(|target| {
             target.in_flight.iter().any(|&(start, last)| {
                 whole_pages(dirty, target.limits.page_size)
                     .iter()
@@ -192,8 +199,10 @@ impl Inner {
             return Err(Reason::Quarantined);
         }
         if let Some(limit) = target.limits.entry_limit {
-            let held = u64::try_from(target.ledger.entries.len()).unwrap_or(u64::MAX);
-            if held >= limit {
+            // What is in flight may land.
+            let held = target.ledger.entries.len();
+            let held = held.saturating_add(target.in_flight.len());
+            if u64::try_from(held).unwrap_or(u64::MAX) >= limit {
                 return Err(Reason::EntryLimit { limit });
             }
         }
@@ -236,11 +245,16 @@ impl Inner {
 }
 
 impl Inner {
-    /// Locks the state once nothing is in flight in the dirty ranges, so that the ledgers are exact
-    /// there. What is in flight lands without a turn; nobody else takes off, for the caller has it.
-    pub(crate) fn landed(&self, dirty: &[(u64, u64)]) -> MutexGuard<'_, State> {
+    /// Locks the state once nothing is in flight to these targets in the dirty ranges, so that
+    /// their ledgers are exact there. What is in flight lands without a turn; nobody else takes off,
+    /// for the caller has it.
+    pub(crate) fn landed(
+        &self,
+        targets: &[TargetId],
+        dirty: &[(u64, u64)],
+    ) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
-        while state.is_in_flight(dirty) {
+        while state.is_in_flight(targets, dirty) {
             self.settled.wait(&mut state);
         }
         state

@@ -1,7 +1,9 @@
 //! Taking steps back: the undo of a host's change, and the end of a target.
 
+use std::collections::BTreeMap;
+
 use crate::commit::{Class, Commit, Done};
-use crate::ledger::Entry;
+use crate::ledger::{Entry, Failure};
 use crate::mapping::call_unmap;
 use crate::plan::NewMapping;
 use crate::state::Target;
@@ -26,10 +28,12 @@ impl Commit<'_, '_> {
         revoked: &[Backing],
     ) -> ChangeError {
         self.was_interrupted();
+        // The layout or the limits are others than a moment ago: who has planned by those plans anew.
+        self.seen_steps = self.inner.step();
         // From here on nothing can be refused: there is nothing to go back to.
         self.class = Class::Guest;
         let quarantined = std::mem::take(&mut self.report).quarantined;
-        let missing_before = self.forgotten.clone();
+        let missing_before = Missing::of(&self.forgotten);
         let journal = std::mem::take(&mut self.journal);
         for (id, start, last) in std::mem::take(&mut self.failed) {
             self.inner
@@ -52,15 +56,10 @@ impl Commit<'_, '_> {
         }
         let unmapped = self.inner.unmapped_addresses(&self.made);
         self.leftovers.addresses.extend(unmapped);
-        let was_missing = |id: TargetId, range: IovaRange| {
-            let mut its = missing_before.iter().filter(|(of, _)| *of == id);
-            its.any(|(_, failures)| {
-                let mut failures = failures.iter();
-                failures.any(|(at, failure)| {
-                    *at <= range.last().raw() && range.start().raw() <= failure.last
-                })
-            })
-        };
+        let was_missing = |id, range| missing_before.covers(id, range);
+        self.report
+            .ram_missing
+            .retain(|(id, range, _)| !was_missing(*id, *range));
         let lost = first_lost(&self.report, &quarantined, was_missing);
         let of_undo = std::mem::take(&mut self.report);
         self.report.quarantined = quarantined;
@@ -143,6 +142,9 @@ impl Commit<'_, '_> {
         };
         let range = iova(start, last);
         let Some(outcome) = call_unmap(&driver, range) else {
+            if let Some(why) = self.stopped(id, range) {
+                self.note_quarantine(id, &why);
+            }
             return;
         };
         match outcome {
@@ -186,21 +188,23 @@ impl Commit<'_, '_> {
     /// more; what cannot be taken down stays alive for ever.
     pub(crate) fn tear_down(&mut self, id: TargetId, mut target: Target) {
         let spans = target.limits.unmap_spans && target.quarantined.is_none();
-        let mut next = Some(0);
-        while let Some(from) = next {
-            let mut run: Vec<u64> = Vec::new();
-            let mut end = None;
-            for (at, entry) in target.ledger.entries.starting_from(from) {
-                let goes_on = spans && end == Some(at);
-                if !(run.is_empty() || goes_on) {
-                    break;
-                }
+        // From the top, because a ledger gives up its last entry more easily than its first.
+        let mut highest = Some(u64::MAX);
+        while let Some(from) = highest {
+            let entries = &target.ledger.entries;
+            let Some((top, entry)) = entries.at_or_below(from) else {
+                break;
+            };
+            let (mut start, last) = (top, entry.last);
+            let mut run = vec![top];
+            while let Some((at, below)) = entries.below(start).filter(|_| spans)
+                && below.last.checked_add(1) == Some(start)
+            {
                 run.push(at);
-                end = entry.last.checked_add(1);
+                start = at;
             }
-            let Some(&start) = run.first() else { break };
-            let range = iova(start, end.map_or(u64::MAX, |end| end.wrapping_sub(1)));
-            next = end;
+            let range = iova(start, last);
+            highest = start.checked_sub(1);
             // What is still in the ledger is never dropped, whatever happens in this call.
             let outcome = target.driver.lock().even_if_stopped().unmap(range);
             match outcome {
@@ -224,6 +228,31 @@ impl Commit<'_, '_> {
         self.leftovers.targets.push(target);
         let unneeded = self.inner.unneeded_addresses();
         self.leftovers.addresses.extend(unneeded);
+    }
+}
+
+/// What targets lacked before a change: the last address of each piece, by target and first address.
+struct Missing(BTreeMap<(TargetId, u64), u64>);
+
+impl Missing {
+    fn of(forgotten: &[(TargetId, Vec<(u64, Failure)>)]) -> Self {
+        let pieces = forgotten.iter().flat_map(|(id, failures)| {
+            let pieces = failures.iter();
+            pieces.map(|(at, failure)| ((*id, *at), failure.last))
+        });
+        Self(pieces.collect())
+    }
+
+    fn covers(&self, id: TargetId, range: IovaRange) -> bool {
+        let mut next = Some(range.start().raw());
+        while let Some(at) = next.filter(|&at| at <= range.last().raw()) {
+            let piece = self.0.range((id, 0)..=(id, at)).next_back();
+            let Some((_, &last)) = piece.filter(|(_, last)| **last >= at) else {
+                return false;
+            };
+            next = last.checked_add(1);
+        }
+        true
     }
 }
 

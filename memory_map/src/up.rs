@@ -4,7 +4,7 @@ use smallvec::SmallVec;
 
 use crate::commit::{Class, Commit};
 use crate::plan::{NewMapping, plan, whole_pages};
-use crate::state::Driver;
+use crate::state::{Driver, TargetIds};
 use crate::{ChangeError, RegionKind, TargetId};
 
 /// Mappings still to be made: the last target first, each one's in order.
@@ -70,29 +70,52 @@ impl Commit<'_, '_> {
         if interrupted {
             // Others do not answer for RAM that this commit is still adding, or for a target that
             // is still joining: what they could not map there is this commit's to map, or to fail.
-            self.map_remaining(targets, dirty)?;
+            let mut targets = TargetIds::from_slice(targets);
+            self.extend_by_joined(&mut targets);
+            while self.map_remaining(&targets, dirty)? {
+                self.extend_by_joined(&mut targets);
+            }
         }
         Ok(())
+    }
+
+    /// Adds the targets that have joined since a change of the layout began. A commit that is about
+    /// one target keeps to it.
+    fn extend_by_joined(&self, targets: &mut TargetIds) {
+        if self.class != Class::Host || self.only_one_target {
+            return;
+        }
+        let state = self.inner.state.lock();
+        let mut all = state.targets_in_order();
+        all.retain(|id| {
+            let joined = state.targets.get(id).is_some_and(|target| !target.joining);
+            joined || targets.contains(id)
+        });
+        *targets = all;
     }
 
     /// Makes what is still to be mapped of a range that was planned before somebody else's step.
     /// What they changed elsewhere they have mapped themselves, so to look at the rest of the plan
     /// again is enough, and at each piece of it only once: a guest that moves BARs all the time
     /// must not make a long commit plan all of its rest after every step.
+    ///
+    /// Returns whether somebody took a step while the last piece was made.
     fn map_remaining(
         &mut self,
         targets: &[TargetId],
         dirty: &[(u64, u64)],
-    ) -> Result<(), ChangeError> {
+    ) -> Result<bool, ChangeError> {
+        let mut interrupted = false;
         let mut later = self.remaining(targets, dirty);
         while let Some((target, driver, new)) = later.next() {
             self.watched()?;
             self.map(target, driver, new, self.class.may_be_refused())?;
-            if self.was_interrupted() && !later.is_empty() {
+            interrupted = self.was_interrupted();
+            if interrupted && !later.is_empty() {
                 later = self.remaining(targets, dirty);
             }
         }
-        Ok(())
+        Ok(interrupted)
     }
 
     /// Whether somebody else has taken a step since this was last asked.
@@ -110,7 +133,7 @@ impl Commit<'_, '_> {
     /// What is still to be mapped: somebody else may have mapped some of it,
     /// or covered it. BARs that were refused already are not tried again.
     fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Later {
-        let state = self.inner.landed(dirty);
+        let state = self.inner.landed(targets, dirty);
         let mut later = Later::default();
         for &id in targets {
             let Some(target) = state.targets.get(&id) else {

@@ -13,6 +13,9 @@
 //!   each other, cut at multiples of the largest mapping and where a reserved window begins or ends.
 //! - Nothing else needs a call.
 //!
+//! Steps are without failures here, and no target runs full: what one lacks is tried again by the next
+//! change there, in as many calls as it takes to find out.
+//!
 //! The order between the kinds of consumers is checked along with it.
 
 use memory_map::{IovaRange, RegionId};

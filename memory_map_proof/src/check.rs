@@ -21,7 +21,10 @@ pub(crate) fn ensure(is_so: bool, what: impl FnOnce() -> String) -> Checked {
 impl World {
     /// Holds everything against the model.
     pub(crate) fn check(&mut self, before: &Before, outcome: &Outcome) -> Checked {
-        let violation = self.kernel.state().violations.first().cloned();
+        let state = self.kernel.state();
+        let violation = state.violations.first().cloned();
+        let violation = violation.or_else(|| state.left_revoked());
+        drop(state);
         ensure(violation.is_none(), || violation.unwrap_or_default())?;
         self.count_outcome(before, outcome);
         self.check_regions()?;

@@ -1,19 +1,25 @@
-//! Every script of [`LENGTH`] operations in a [small world](crate::small), and every single
-//! failure at every call of every one of them.
+//! Every script of [`LENGTH`] operations in a small world, and every single failure at every call
+//! of every one of them. Four pages; RAM over all of them and two BARs above it; one target that
+//! takes two pages at a time, and one that may come and go, maps by file and sees only one of the
+//! BARs. The alphabet has 32 operations, the host's and the guest's.
 //!
 //! Without failures each of the 32^4 scripts is run on a map of its own, and everything is
 //! checked after its last operation; what comes before is the last of a shorter script.
 //!
 //! With failures, what is reached by several ways is gone on from once: two worlds with the same
-//! [key](World::key) (model, tables with their mappings, what is missing and why, what is stale,
-//! which host addresses there are) have the same future. So the tree of all scripts with all
-//! failures is cut down to the states in it, breadth first, and each is left by every operation
-//! and, where nothing has failed yet, by every failure of every call of it. The runs without
-//! failures, which are not cut down, check that assumption: each must end in the state that the
-//! states say. Scripts of [`SHORT`] operations are run with every failure and not cut down either.
+//! key (model, tables with their mappings, what is missing and why, what is stale, which host
+//! addresses there are) have the same future, since nothing else that either of them knows has any
+//! influence: not the ids of regions, backings and targets, which differ, but are in the same
+//! order; nor the count of an epoch. So the tree of all scripts with all failures is cut down to the states in it,
+//! breadth first, and each is left by every operation and, where nothing has failed yet, by every
+//! failure of every call of it.
+//!
+//! That assumption is checked by what is not cut down: each of the scripts without a failure must
+//! end in the very state that the states say; and each script of up to [`SHORT`] operations with
+//! each failure, every one of which is run on a map of its own, in one of those that they know.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -87,6 +93,17 @@ impl fmt::Display for Sums {
     }
 }
 
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ops: Vec<Op> = self.ops.iter().map(|op| ALPHABET[*op]).collect();
+        write!(f, "{ops:?}")?;
+        match self.injection {
+            Some(injection) => write!(f, " with {injection:?}"),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Path {
     fn then(&self, op: usize, fault: Option<(u32, Fault)>) -> Self {
         let operation = self.ops.len();
@@ -117,10 +134,7 @@ impl Path {
             } else {
                 world.run_unchecked(ALPHABET[*op], fault, shapes)
             }
-            .map_err(|what| {
-                let ops: Vec<Op> = self.ops.iter().map(|op| ALPHABET[*op]).collect();
-                format!("{ops:?} with {:?}: {what}", self.injection)
-            })?;
+            .map_err(|what| format!("{self}: {what}"))?;
         }
         Ok((done, world.key()))
     }
@@ -249,6 +263,7 @@ pub fn run(threads: usize) -> Result<Sums, String> {
     let mut sums = Sums::default();
     let start = (World::new(&shapes).key(), false);
     let mut level = Level::from([(start, (Path::default(), 1))]);
+    let mut known = Vec::new();
     let mut leads = HashMap::new();
     for _ in 0..LENGTH {
         let states: Vec<_> = level.into_iter().collect();
@@ -268,6 +283,7 @@ pub fn run(threads: usize) -> Result<Sums, String> {
             }
         }
         sums.states += level.len() as u64;
+        known.push(level.keys().cloned().collect());
     }
     let failed = level.iter().filter(|((_, failed), _)| *failed);
     sums.scripts_with_failure = failed.map(|(_, (_, ways))| ways).sum();
@@ -286,7 +302,10 @@ pub fn run(threads: usize) -> Result<Sums, String> {
     let short = share(
         &firsts,
         threads,
-        |op, runs: &mut u64| every_failure(&Path::default().then(*op, None), &shapes, runs),
+        |op, runs: &mut u64| {
+            let path = Path::default().then(*op, None);
+            every_failure(&path, &known, &shapes, runs)
+        },
         || 0,
     )?;
     sums.short_runs = short.iter().sum();
@@ -304,8 +323,7 @@ fn every_script(
     let (_, to) = path.run(shapes)?;
     let last = path.ops.last().copied().unwrap_or(0);
     if leads.get(&(from.clone(), last)) != Some(&to) {
-        let ops: Vec<Op> = path.ops.iter().map(|op| ALPHABET[*op]).collect();
-        return Err(format!("{ops:?} leads elsewhere than its state says"));
+        return Err(format!("{path} leads elsewhere than its state says"));
     }
     if path.ops.len() == LENGTH {
         *scripts += 1;
@@ -317,9 +335,19 @@ fn every_script(
     Ok(())
 }
 
-/// Every script of [`SHORT`] operations that begins with `path`, with every failure.
-fn every_failure(path: &Path, shapes: &[Shape; 2], runs: &mut u64) -> Result<(), String> {
-    let (done, _) = path.run(shapes)?;
+/// Every script of [`SHORT`] operations that begins with `path`, with every failure. `known` are the
+/// states after one operation, after two, and so on.
+fn every_failure(
+    path: &Path,
+    known: &[BTreeSet<State>],
+    shapes: &[Shape; 2],
+    runs: &mut u64,
+) -> Result<(), String> {
+    let (done, to) = path.run(shapes)?;
+    let states = known.get(path.ops.len() - 1);
+    if !states.is_some_and(|states| states.contains(&(to, path.injection.is_some()))) {
+        return Err(format!("{path} leads to none of the states"));
+    }
     *runs += u64::from(path.injection.is_some());
     if path.injection.is_none() {
         for (call, kind) in (0..).zip(&done.calls) {
@@ -330,13 +358,13 @@ fn every_failure(path: &Path, shapes: &[Shape; 2], runs: &mut u64) -> Result<(),
                     call,
                     fault,
                 });
-                every_failure(&failing, shapes, runs)?;
+                every_failure(&failing, known, shapes, runs)?;
             }
         }
     }
     if path.ops.len() < SHORT {
         for op in 0..ALPHABET.len() {
-            every_failure(&path.then(op, None), shapes, runs)?;
+            every_failure(&path.then(op, None), known, shapes, runs)?;
         }
     }
     Ok(())

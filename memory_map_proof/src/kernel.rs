@@ -152,6 +152,9 @@ pub struct State {
     pub fired: Vec<(CallKind, Fault)>,
     /// Backings whose host address was refused in this step.
     pub host_failures: Vec<u64>,
+    /// Mappings of this step that were revoked while they were made: of which table, where, of which
+    /// backing, and in which epoch.
+    pub revoked: Vec<(usize, u64, BackingId, Epoch)>,
     /// Map calls in this step.
     pub maps: u64,
     /// Unmap calls in this step.
@@ -238,6 +241,7 @@ impl Kernel {
         state.unmaps = 0;
         state.fired.clear();
         state.host_failures.clear();
+        state.revoked.clear();
         for table in &mut state.tables {
             let held = table.mappings.len() as u64;
             let limits = table.limits.last();
@@ -259,6 +263,22 @@ impl State {
     pub fn host_failed(&self, backing: BackingId) -> bool {
         let key = self.keys.get(&backing);
         key.is_some_and(|key| self.host_failures.contains(key))
+    }
+
+    /// A mapping that was revoked while it was made must not stay as it was made, unless its target
+    /// would not let go of it.
+    #[must_use]
+    pub fn left_revoked(&self) -> Option<String> {
+        let mut revoked = self.revoked.iter();
+        let left = revoked.find(|(number, start, backing, epoch)| {
+            let table = &self.tables[*number];
+            let mapping = table.mappings.get(start);
+            let as_made = |m: &Mapping| m.to.backing == *backing && m.epoch == *epoch;
+            !table.dead && mapping.is_some_and(as_made)
+        });
+        left.map(|(number, start, ..)| {
+            format!("table {number}: revoked while it was made, and left at {start:#x}")
+        })
     }
 
     /// Whether a mapping of it is left in any table.
@@ -382,6 +402,8 @@ impl State {
         match fault {
             None => Ok(()),
             Some(Fault::RevokedMeanwhile) => {
+                let revoked = (number, start, backing.id(), backing.epoch());
+                self.revoked.push(revoked);
                 backing.advance_epoch();
                 self.epochs.insert(backing.id(), backing.epoch());
                 Ok(())

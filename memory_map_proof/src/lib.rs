@@ -6,7 +6,7 @@
 //! # What is proved
 //! | test | what holds |
 //! |---|---|
-//! | `random` | After every step of a million random operations: the visible map, the mappings of every target, the reach with its reasons, and the report are what the [model](model) says, whatever call failed |
+//! | `random` | After every step of a million random operations: the visible map, the mappings of every target, the reach with its reasons, and the report are what the [model] says, whatever call failed |
 //! | `random`, counting | The number of map calls, unmap calls and bisections is exactly the [lower bound](bound), in the stated order of consumers |
 //! | `exhaustive` | The same in a small world, for [every script](exhaustive) of four operations, with every failure at every call |
 //! | `fail_every_call` | Named scenarios, each call of which fails once in every way: the promise of the change's class, no target that holds anything else, and the next try succeeds |

@@ -15,27 +15,24 @@ use crate::world::{Before, World};
 type Mappings = BTreeMap<u64, Mapping>;
 
 impl World {
-    /// A change that was refused leaves everything exactly as it was. (Where more than the one
-    /// call failed, the undo itself may have; the model has been asked about that already.)
+    /// A change that was refused leaves everything exactly as it was, however many calls failed,
+    /// unless the error itself says that the undo fell short.
     pub(crate) fn check_undone(&self, before: &Before, outcome: &Outcome) -> Checked {
         let Some(error) = &outcome.error else {
             return Ok(());
         };
         let state = self.kernel.state();
-        let one = match error {
-            ChangeError::Cancelled => state.fired.is_empty(),
-            _ if outcome.undo_fell_short() => false,
-            ChangeError::Refused { reason, .. } if !is_from_a_call(reason) => {
-                state.fired.is_empty()
-            }
-            _ => state.fired.len() <= 1,
-        };
         let meanwhile = (state.fired.iter()).any(|(_, fault)| *fault == Fault::RevokedMeanwhile);
-        if !one || meanwhile || !outcome.revoked.is_empty() {
+        if outcome.undo_fell_short() || meanwhile || !outcome.revoked.is_empty() {
             return Ok(());
         }
-        let excused =
-            |at: usize| state.tables[at].dead || self.has_no_room_for_pieces(before, &state, at);
+        let mut dead = self.targets.iter().map(|target| target.table);
+        let told = matches!(error, ChangeError::Quarantined { .. });
+        let untold = dead.find(|at| state.tables[*at].dead && before.dead.get(*at) == Some(&false));
+        ensure(told || untold.is_none(), || {
+            format!("a quarantine is not told by {error}")
+        })?;
+        let excused = |at: usize| state.tables[at].dead;
         for (at, held) in before.tables.iter().enumerate() {
             let table = &state.tables[at];
             let largest = table.limits.last().map_or(u64::MAX, |l| l.largest_mapping);
@@ -174,11 +171,4 @@ fn is_put_back(before: &Mappings, now: &Mappings, largest: u64) -> bool {
         }
     }
     left.is_empty()
-}
-
-const fn is_from_a_call(reason: &Reason) -> bool {
-    matches!(
-        reason,
-        Reason::Kernel { .. } | Reason::Revoked | Reason::NoHostAddress(_)
-    )
 }

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::GRANULE;
-use crate::kernel::{CallKind, Fault, Kernel, Translation};
+use crate::kernel::{CallKind, ERRNO, Fault, Kernel, Translation};
 use crate::model::index;
 use crate::shape::Shape;
 
@@ -138,8 +138,8 @@ struct Target {
     handle: TargetHandle,
     table: usize,
     sees_large: bool,
-    /// What was missing when it was last looked at.
-    missing: [Option<Translation>; FOUR],
+    /// What was missing when it was last looked at, and why.
+    missing: [Option<(Translation, Reason)>; FOUR],
 }
 
 /// The small world.
@@ -232,7 +232,7 @@ impl World {
             handle,
             table,
             sees_large: number == 0,
-            missing: [None; FOUR],
+            missing: [const { None }; FOUR],
         });
         Ok(())
     }
@@ -335,9 +335,12 @@ impl World {
         self.kernel.begin(fault.as_slice());
         let error = self.act(op, shapes);
         let calls = self.kernel.state().log.clone();
-        if let Some(violation) = self.kernel.state().violations.first() {
-            return Err(violation.clone());
+        let state = self.kernel.state();
+        let violation = state.violations.first().cloned();
+        if let Some(violation) = violation.or_else(|| state.left_revoked()) {
+            return Err(violation);
         }
+        drop(state);
         let dead = (self.targets.iter().flatten())
             .any(|target| self.kernel.state().tables[target.table].dead);
         if let (Some(error), Some(before)) = (&error, before) {
@@ -402,12 +405,15 @@ impl World {
                     backing.unwrap_or(4) as u64 * 4 + u64::from(stale) * 2 + u64::from(read_only),
                 );
             }
-            let missing = target.missing.iter().map(|to| {
-                to.map_or(0, |to| {
-                    1 + to.offset + u64::from(to.access == Access::ReadOnly)
-                })
-            });
-            key.extend(missing);
+            let mut reasons = DefaultHasher::new();
+            for missing in &target.missing {
+                let what = missing.as_ref().map(|(to, reason)| {
+                    let read_only = to.access == Access::ReadOnly;
+                    (to.offset, read_only, reason.to_string())
+                });
+                what.hash(&mut reasons);
+            }
+            key.push(reasons.finish());
         }
         key.extend(
             state
@@ -449,13 +455,17 @@ impl World {
                     continue;
                 }
                 let missing = &mut target.missing[index(page)];
-                let refused = table.refused.get(&(page * GRANULE)).map(|(to, _)| *to);
-                let no_host = due.is_some_and(|to| state.host_failed(to.backing));
-                let excused = held.is_none() && (due == refused || due == *missing || no_host);
-                if held != due && !excused {
+                let refused = table.refused.get(&(page * GRANULE)).cloned();
+                let excuse = due.filter(|_| held.is_none()).and_then(|due| {
+                    let no_host = state.host_failed(due.backing);
+                    let no_host = no_host.then_some((due, Reason::NoHostAddress(ERRNO)));
+                    let why = |excuse: &(Translation, Reason)| excuse.0 == due;
+                    (refused.filter(why).or(no_host)).or_else(|| missing.take().filter(why))
+                });
+                if held != due && excuse.is_none() {
                     return Err(format!("page {page} holds {held:?}, due is {due:?}"));
                 }
-                *missing = due.filter(|_| held.is_none());
+                *missing = excuse;
                 let stale = found.is_some_and(|(to, epoch)| state.is_stale(to.backing, epoch));
                 if let Some(region) = region.filter(|_| held.is_some() && !stale) {
                     mapped[region] += 1;

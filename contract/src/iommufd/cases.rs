@@ -7,7 +7,7 @@ use memory_map::{Access, IovaRange};
 
 use super::{
     Bench, Function, IommufdHost, address_cases, attach_cases, copy_cases, dma_buf_cases,
-    dma_cases, limit_cases, map_cases, reset_cases, target_cases, unmap_cases,
+    dma_cases, limit_cases, map_cases, random_cases, reset_cases, target_cases, unmap_cases,
 };
 use crate::cases::PAGE;
 use crate::verdict::{granted, same};
@@ -138,6 +138,7 @@ pub fn cases() -> Vec<Case> {
         dma_buf_cases::a_copy_of_a_revoked_bar_succeeds_and_leads_nowhere,
         dma_buf_cases::a_bar_revoked_before_a_device_was_attached_leads_nowhere,
         dma_buf_cases::ram_is_not_revoked,
+        random_cases::random_calls_end_as_the_model_says,
         target_cases::a_bar_follows_the_map_into_two_address_spaces,
         target_cases::ram_in_two_targets_is_locked_once,
         target_cases::a_bar_that_was_revoked_is_made_anew_in_both,

@@ -9,6 +9,8 @@ mod dma_buf_cases;
 mod dma_cases;
 mod limit_cases;
 mod map_cases;
+mod model;
+mod random_cases;
 mod real;
 mod reset_cases;
 mod target_cases;

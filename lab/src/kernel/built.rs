@@ -15,6 +15,7 @@ use super::{Kernel, KernelError, configuration, io_error};
 use crate::apt::{Apt, Packages};
 use crate::cache::EntryName;
 use crate::package::{Package, PackageError};
+use crate::progress::Progress;
 
 /// The pinned source's package.
 const PINNED_NAME: &str = "linux-source-7.3";
@@ -51,6 +52,8 @@ pub(super) fn obtain(packages: &mut Packages<'_>) -> Result<Kernel, KernelError>
     if source != pinned {
         eprintln!("lab: the mirror no longer has {pinned}; taking {source}");
     }
+    // Who waits for another run's build does not keep the package manager from a third.
+    packages.close();
     let name = EntryName::new(&subject, &source.version);
     let log = cache.root().join(format!("{}.log", name.as_str()));
     let folder = cache.entry(&name, |folder| build(packages, &source, folder, &log))?;
@@ -160,7 +163,10 @@ fn build(
         let built = tree.join(built);
         fs::rename(&built, folder.join(kept)).map_err(io_error("move", &built))?;
     }
+    // Two gigabytes of small files: it takes a while.
+    let progress = Progress::start("clearing up");
     fs::remove_dir_all(&work).map_err(io_error("remove the folder", &work))?;
+    progress.done();
     // All went well: nobody wants to read it.
     fs::remove_file(log).map_err(io_error("remove", log))
 }

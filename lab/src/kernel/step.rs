@@ -1,15 +1,17 @@
 //! One step of a build: a command that says line by line what it does.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::{KernelError, io_error};
 use crate::progress::Progress;
 
-/// How much of a failed step's log is shown.
+/// How much of a failed step's log is shown: its end, and the first lines before that which tell of
+/// errors. make finishes much else after the compiler has found one.
 const TAIL_LINES: usize = 20;
+const ERROR_LINES: usize = 5;
 
 /// A step: its title, how many lines its command prints, about, and the file that gets them.
 #[derive(Debug)]
@@ -33,29 +35,31 @@ impl<'a> Step<'a> {
         let Self { title, lines, log } = self;
         let mut progress = Progress::start(title);
         let mut file = File::create(log).map_err(io_error("write", log))?;
-        let errors = file.try_clone().map_err(io_error("write", log))?;
         let program = Path::new(command.get_program()).to_owned();
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(errors)
-            .spawn()
-            .map_err(io_error("start", &program))?;
-        if let Some(stdout) = child.stdout.take() {
-            let mut stdout = BufReader::new(stdout);
-            let (mut line, mut count) = (Vec::new(), 0_usize);
-            while stdout
-                .read_until(b'\n', &mut line)
-                .map_err(io_error("read what is said by", &program))?
-                > 0
-            {
-                file.write_all(&line).map_err(io_error("write", log))?;
-                count = count.saturating_add(1);
-                let percent = count.saturating_mul(100).checked_div(lines).unwrap_or(0);
-                // The number of lines is a guess: it is done when it is done.
-                let percent = u8::try_from(percent.min(99)).unwrap_or(99);
-                progress.at(percent, String::from_utf8_lossy(&line).trim());
-                line.clear();
-            }
+        let started = |source| io_error("start", &program)(source);
+        // One pipe for both streams, so that errors stay where they were said.
+        let (said, end) = io::pipe().map_err(started)?;
+        command
+            .stdout(end.try_clone().map_err(started)?)
+            .stderr(end);
+        let spawned = command.spawn();
+        // The command would hold our ends of the pipe, and we would wait for ourselves.
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = spawned.map_err(started)?;
+        let mut said = BufReader::new(said);
+        let (mut line, mut count) = (Vec::new(), 0_usize);
+        while said
+            .read_until(b'\n', &mut line)
+            .map_err(io_error("read what is said by", &program))?
+            > 0
+        {
+            file.write_all(&line).map_err(io_error("write", log))?;
+            count = count.saturating_add(1);
+            let percent = count.saturating_mul(100).checked_div(lines).unwrap_or(0);
+            // The number of lines is a guess: it is done when it is done.
+            let percent = u8::try_from(percent.min(99)).unwrap_or(99);
+            progress.at(percent, String::from_utf8_lossy(&line).trim());
+            line.clear();
         }
         let status = child.wait().map_err(io_error("wait for", &program))?;
         if status.success() {
@@ -67,19 +71,22 @@ impl<'a> Step<'a> {
             step: title.to_owned(),
             how: status.to_string(),
             log: log.to_owned(),
-            tail: tail_of(log),
+            tail: excerpt_of(log),
         })
     }
 }
 
-fn tail_of(log: &Path) -> String {
+fn excerpt_of(log: &Path) -> String {
     let text = match fs::read(log) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(error) => format!("(unreadable: {error})"),
     };
     let lines: Vec<&str> = text.lines().collect();
-    let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
-    format!("    {}", tail.join("\n    "))
+    let (earlier, tail) = lines.split_at(lines.len().saturating_sub(TAIL_LINES));
+    let tells = |line: &&str| line.contains("error: ") || line.contains(" Error ");
+    let errors = earlier.iter().copied().filter(tells).take(ERROR_LINES);
+    let shown: Vec<&str> = errors.chain(tail.iter().copied()).collect();
+    format!("    {}", shown.join("\n    "))
 }
 
 #[cfg(test)]
@@ -93,12 +100,13 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_step_names_its_log_and_shows_the_end_of_both_streams() {
+    fn a_failed_step_names_its_log_and_shows_its_errors_and_its_end() {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("log");
         let step = || Step::new("trying", 3, &log);
-        step().run(&mut sh("echo early")).unwrap();
-        let script = "for i in $(seq 30); do echo line $i; done; echo the reason >&2; exit 4";
+        step().run(&mut sh("echo before")).unwrap();
+        let script = "echo f.c:1: error: early; for i in $(seq 30); do echo line $i; done
+             echo the reason >&2; echo end; exit 4";
         let error = step().run(&mut sh(script)).unwrap_err();
         let KernelError::Build { step, how, .. } = &error else {
             panic!("{error:?}");
@@ -106,11 +114,12 @@ mod tests {
         assert_eq!((step.as_str(), how.as_str()), ("trying", "exit status: 4"));
         let shown = error.to_string();
         assert!(shown.contains(&log.display().to_string()), "{shown}");
-        assert!(shown.contains("the reason"), "{shown}");
-        assert!(shown.contains("line 30\n"), "{shown}");
+        let ends = "line 30\n    the reason\n    end";
+        assert!(shown.ends_with(ends), "{shown}");
+        assert!(shown.contains("f.c:1: error: early\n"), "{shown}");
         assert!(!shown.contains("line 3\n"), "{shown}");
         let all = fs::read_to_string(&log).unwrap();
-        assert!(all.contains("line 1\n") && !all.contains("early"), "{all}");
+        assert!(all.contains("line 1\n") && !all.contains("before"), "{all}");
     }
 
     #[test]

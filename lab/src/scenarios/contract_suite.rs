@@ -20,7 +20,16 @@ const FEWEST: usize = 60;
 
 fn kernel_keeps_the_type1_contract(bench: &mut Bench) -> Result<(), ScenarioError> {
     let before = Footprint::take(bench)?;
-    let (status, report) = bench.run_json(&["type1-contract", "--json", EDU, IVSHMEM])?;
+    kept(bench, &["type1-contract", "--json", EDU, IVSHMEM], FEWEST)?;
+    before.ensure_same(bench)
+}
+
+/// Runs a contract's program, which must pass all of its cases, at least so many.
+///
+/// # Errors
+/// [`ScenarioError::Unexpected`] with what did not pass.
+pub(super) fn kept(bench: &mut Bench, argv: &[&str], fewest: usize) -> Result<(), ScenarioError> {
+    let (status, report) = bench.run_json(argv)?;
     let cases = report.get("cases").and_then(Value::as_array);
     let cases = cases.map_or(&[][..], Vec::as_slice);
     let not_passed: Vec<&Value> = cases
@@ -30,10 +39,9 @@ fn kernel_keeps_the_type1_contract(bench: &mut Bench) -> Result<(), ScenarioErro
     ensure(status.success() && not_passed.is_empty(), || {
         format!("{status}, not passed: {not_passed:#?}")
     })?;
-    ensure(cases.len() >= FEWEST, || {
+    ensure(cases.len() >= fewest, || {
         format!("only {} cases", cases.len())
-    })?;
-    before.ensure_same(bench)
+    })
 }
 
 /// With another entry limit than the one in the contract, that case fails, and says how.

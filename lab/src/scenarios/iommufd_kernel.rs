@@ -14,6 +14,8 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
         monitor_tells_the_machine_from_outside;
     NARROW_IOMMU:
         addresses_of_a_narrow_iommu_end_at_39_bits;
+    AMD_IOMMU:
+        amds_iommu_reserves_its_hole;
 ];
 
 fn kernel_offers_cdev_iommufd_and_containers(bench: &mut Bench) -> Result<(), ScenarioError> {
@@ -92,5 +94,33 @@ fn addresses_of_a_narrow_iommu_end_at_39_bits(bench: &mut Bench) -> Result<(), S
     let width = bench.shell("dmesg | grep -o 'DMAR: Host address width .*'")?;
     ensure(width.trim() == "DMAR: Host address width 39", || {
         format!("another width: {width}")
+    })?;
+    // Negative control of the other IOMMU's hole: Intel's has none.
+    let reserved = "cat /sys/kernel/iommu_groups/*/reserved_regions";
+    let regions = bench.run_ok(&["sh", "-c", reserved])?;
+    ensure(regions.contains("msi") && !regions.contains(HOLE), || {
+        format!("a hole, or no regions: {regions}")
     })
+}
+
+/// What QEMU's and the kernel's AMD IOMMU keep for HyperTransport: inclusive ends.
+const HOLE: &str = "0x000000fd00000000 0x000000ffffffffff reserved";
+
+fn amds_iommu_reserves_its_hole(bench: &mut Bench) -> Result<(), ScenarioError> {
+    let reserved = "cat /sys/kernel/iommu_groups/*/reserved_regions";
+    let regions = bench.run_ok(&["sh", "-c", reserved])?;
+    ensure(regions.lines().any(|line| line == HOLE), || {
+        format!("no hole among: {regions}")
+    })?;
+    // The IOMMU is a PCI function here, and stays the kernel's.
+    let bound = bench.machine().bound().to_vec();
+    ensure(bound == [EDU, IVSHMEM], || format!("bound are {bound:?}"))?;
+    for function in [EDU, IVSHMEM] {
+        bench.run_ok(&[
+            "test",
+            "-d",
+            &format!("/sys/bus/pci/devices/{function}/vfio-dev"),
+        ])?;
+    }
+    Ok(())
 }

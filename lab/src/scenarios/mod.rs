@@ -26,6 +26,7 @@ pub mod bad_input;
 pub mod contract_suite;
 pub mod hotplug;
 pub mod iommufd_bad_input;
+pub mod iommufd_contract;
 pub mod iommufd_kernel;
 pub mod nested_machine;
 pub mod p2p_iommufd;
@@ -97,6 +98,19 @@ pub static TWO_EDUS: Shape = Shape {
     kernel_options: &[],
 };
 
+/// A device of two functions, which are one IOMMU group because they have no ACS: an edu and an
+/// ivshmem-plain.
+pub static ONE_GROUP: Shape = Shape {
+    name: "edu and ivshmem in one group",
+    devices: &[
+        "edu,addr=05.0,multifunction=on,dma_mask=0xffffffffffffffff",
+        "ivshmem-plain,memdev=shm,addr=05.1",
+    ],
+    ..EDU_AND_IVSHMEM
+};
+/// Of [`ONE_GROUP`]: the peer.
+const SIBLING_IVSHMEM: &str = "0000:00:05.1";
+
 /// [`EDU_AND_IVSHMEM`] on a host whose IOMMU is off. Nothing can be bound to vfio-pci there.
 pub static NO_IOMMU: Shape = Shape {
     name: "no IOMMU",
@@ -115,6 +129,19 @@ pub static NO_INTERRUPT_REMAPPING: Shape = Shape {
 pub static NARROW_IOMMU: Shape = Shape {
     name: "IOMMU of 39 bits",
     iommu: Iommu::Intel39Bit,
+    ..EDU_AND_IVSHMEM
+};
+
+/// [`EDU_AND_IVSHMEM`] behind AMD's IOMMU, with its hole in the addresses that can be mapped.
+///
+/// Not for DMA, see [`Iommu::Amd`].
+pub static AMD_IOMMU: Shape = Shape {
+    name: "AMD's IOMMU",
+    iommu: Iommu::Amd,
+    kernel_options: &[
+        "vfio_iommu_type1.allow_unsafe_interrupts=1",
+        "iommufd.allow_unsafe_interrupts=1",
+    ],
     ..EDU_AND_IVSHMEM
 };
 
@@ -180,6 +207,7 @@ pub fn all() -> Vec<&'static Scenario> {
         p2p_policy::SCENARIOS,
         contract_suite::SCENARIOS,
         iommufd_kernel::SCENARIOS,
+        iommufd_contract::SCENARIOS,
         hotplug::SCENARIOS,
         bad_input::SCENARIOS,
         iommufd_bad_input::SCENARIOS,

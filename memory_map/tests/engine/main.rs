@@ -11,6 +11,8 @@ mod model;
 #[cfg(test)]
 mod page_table;
 #[cfg(test)]
+mod races;
+#[cfg(test)]
 mod regressions;
 #[cfg(test)]
 mod room;

@@ -237,3 +237,27 @@ fn subscribers_are_told_of_every_region_that_a_quarantine_takes_away() {
     assert_eq!(entry.target, handle.id());
     assert_eq!(entry.reach, Reach::Unavailable(Reason::Quarantined));
 }
+
+#[test]
+fn ram_that_came_to_show_what_a_bar_had_mapped_is_missed_as_ram() {
+    let f = fixture();
+    let bar = f.spec(RegionKind::DeviceMemory, 0x1_0000, 3);
+    let mut ram = f.spec(RegionKind::Ram, 0x1_0000, 3);
+    ram.priority = Priority(1);
+    ram.sub_mappings.clone_from(&bar.sub_mappings);
+    f.add(bar).unwrap();
+    let one_mapping = TargetLimits {
+        entry_limit: Some(1),
+        ..limits()
+    };
+    let (table, handle) = f.target(one_mapping);
+    let ram = f.add(ram).unwrap();
+    assert_eq!(table.take_calls().len(), 1, "the same bytes: nothing to do");
+    let report = f.guest(|change| change.remove_sub_mapping(ram, PAGE, PAGE));
+    let missing: Vec<_> = report.ram_missing.iter().map(|(id, ..)| *id).collect();
+    assert_eq!(
+        missing,
+        [handle.id()],
+        "there is no room for the other half"
+    );
+}

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::fixture::{allow, fixture, range};
 use crate::page_table::{Call, Fault, PAGE, PageTable, backing, limits};
 use memory_map::{
-    Backing, ChangeError, ConsumerKind, DisabledBecause, DmaTarget, Errno, Gpa, InvalidChange,
-    IovaRange, MapRequest, Priority, Quarantine, Reach, Reason, RegionKind, SharingConsumer,
-    SubMapping, TargetError, TargetLimits, TargetOptions,
+    Access, Backing, ChangeError, ConsumerKind, DisabledBecause, DmaTarget, Errno, Gpa,
+    InvalidChange, IovaRange, MapRequest, Priority, Quarantine, Reach, Reason, RegionKind,
+    SharingConsumer, SubMapping, TargetError, TargetLimits, TargetOptions,
 };
 use parking_lot::Mutex;
 
@@ -396,5 +396,36 @@ fn bad_input_changes_nothing() {
         let table = PageTable::new(limits);
         let refused = f.map.register(table.boxed(), TargetOptions::new("x"));
         assert!(matches!(refused, Err(ChangeError::ImpossibleLimits { .. })));
+    }
+}
+
+/// Others added private memory, huge pages and dma-bufs each beside their map, and the paths
+/// drifted apart.
+#[test]
+fn whatever_lies_behind_a_region_takes_the_same_path() {
+    let calls_of = |kind, by_address, largest| {
+        let f = fixture();
+        let table = PageTable::new(TargetLimits {
+            largest_mapping: largest,
+            ..limits()
+        });
+        table.0.lock().by_address = by_address;
+        let _handle = f.register(table.boxed());
+        let region = f.add(f.spec(kind, 0x10_0000, 0x200)).unwrap();
+        let trap = f.add(f.trap(0x11_0000)).unwrap();
+        f.guest(|change| change.set_access(region, Access::ReadOnly));
+        f.move_to(region, 0x40_0000);
+        f.guest(|change| change.remove_sub_mapping(region, 2 * PAGE, PAGE));
+        f.move_to(trap, 0x41_0000);
+        f.guest(|change| change.remove(region));
+        table.take_calls()
+    };
+    for largest in [2 << 20, 1 << 30] {
+        let ram = calls_of(RegionKind::Ram, true, largest);
+        assert!(ram.len() > 10);
+        // RAM by its file instead of its address; a BAR by its address; a BAR by its dma-buf.
+        assert_eq!(ram, calls_of(RegionKind::Ram, false, largest));
+        assert_eq!(ram, calls_of(RegionKind::DeviceMemory, true, largest));
+        assert_eq!(ram, calls_of(RegionKind::DeviceMemory, false, largest));
     }
 }
