@@ -42,18 +42,19 @@ pub struct P2pArgs {
     pub iommu: Iommu,
     /// Who may reach whose BARs: all, none, required or group=NAME:BDF,BDF
     ///
-    /// - all: every function every other, and what cannot be is a reason in the report. The default.
-    /// - none: nobody. Functions reach RAM only.
-    /// - required: who may has to. Where a BAR is not mapped, that is told on standard error, with
-    ///   the reason; nothing is exercised, and the exit status is 1.
-    /// - group=NAME:BDF,BDF: those listed reach each other; a function in no group reaches nobody,
-    ///   one in several reaches all of theirs. May be repeated, also along with required.
+    ///   all       every function every other; what cannot be is a reason in the report (default)
+    ///   none      nobody: functions reach RAM only
+    ///   required  who may has to: a BAR that is not mapped is named on standard error, with the
+    ///             reason; nothing is exercised then, and the exit status is 1
+    ///   group=NAME:BDF,BDF
+    ///             those listed reach each other; a function in no group reaches nobody, one in
+    ///             several reaches all of theirs. May be repeated, also along with required
     ///
     /// It is the address spaces that enforce it: functions with different peers have different
     /// ones. Functions that the IOMMU cannot tell apart (an IOMMU group) must be treated alike. Where
     /// traffic may go past the IOMMU, because a port above has no access control services (ACS), the
     /// report has a warning.
-    #[arg(long, value_name = "WHO", default_value = "all")]
+    #[arg(long, value_name = "WHO", default_value = "all", verbatim_doc_comment)]
     pub p2p: Vec<P2pChoice>,
     /// Move data with every DMA engine there is a driver for, and compare
     ///
