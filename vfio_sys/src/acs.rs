@@ -90,23 +90,24 @@ impl Sysfs {
         {
             return Ok(Some(Bypass::SameGroup { group }));
         }
-        let same_device =
-            (from.domain(), from.bus(), from.device()) == (to.domain(), to.bus(), to.device());
-        if same_device && let Some(found) = self.redirects(from, |_| true)? {
-            return Ok(Some(found));
-        }
         let (above, above_other) = (self.bridges_above(from)?, self.bridges_above(to)?);
-        // Ports first: where they redirect, a bus below a port has one device on it.
         for port in &above {
             if let Some(found) = self.redirects(*port, PortType::turns_requests_around)? {
                 return Ok(Some(found));
             }
         }
-        match (above.last(), above_other.last()) {
-            (Some(bridge), Some(other)) if bridge == other && !same_device => {
-                Ok(Some(Bypass::SharedBus { bridge: *bridge }))
-            }
-            _ => Ok(None),
+        let same_slot =
+            (from.domain(), from.bus(), from.device()) == (to.domain(), to.bus(), to.device());
+        let bridge = above.last().filter(|own| above_other.last() == Some(own));
+        // Below a port there is one device, whatever its functions' numbers (ARI, SR-IOV).
+        let below_port = match bridge {
+            Some(bridge) => self.config(*bridge)?.port_type().turns_requests_around(),
+            None => false,
+        };
+        match bridge {
+            _ if same_slot || below_port => self.redirects(from, |_| true),
+            Some(bridge) => Ok(Some(Bypass::SharedBus { bridge: *bridge })),
+            None => Ok(None),
         }
     }
 
@@ -133,11 +134,7 @@ impl Sysfs {
         at: Bdf,
         has_to: impl Fn(PortType) -> bool,
     ) -> Result<Option<Bypass>, OpenError> {
-        let path = self.function_path(at).join("config");
-        let config = read_config(&path).map_err(|source| OpenError::Sysfs {
-            path: path.clone(),
-            source,
-        })?;
+        let config = self.config(at)?;
         Ok(config
             .missing_redirection(has_to)
             .map(|missing| match missing {
@@ -145,6 +142,14 @@ impl Sysfs {
                 Missing::Redirection(control) => Bypass::NotRedirected { at, control },
                 Missing::Sight => Bypass::Unreadable { at },
             }))
+    }
+
+    fn config(&self, bdf: Bdf) -> Result<ConfigBytes, OpenError> {
+        let path = self.function_path(bdf).join("config");
+        match read_config(&path) {
+            Ok(config) => Ok(config),
+            Err(source) => Err(OpenError::Sysfs { path, source }),
+        }
     }
 }
 

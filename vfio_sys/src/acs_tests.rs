@@ -195,6 +195,19 @@ fn functions_of_one_device_need_acs_of_their_own() {
 }
 
 #[test]
+fn below_a_port_all_functions_are_one_device_whatever_their_numbers() {
+    let tree = Tree::new();
+    let port = ("0000:00:08.0", ROOT);
+    let redirects = Kind::Express(ENDPOINT, Some((ALL, ALL)));
+    tree.chain(&[port, ("0000:01:10.0", redirects)]);
+    tree.chain(&[port, ("0000:01:11.0", LEAF)]);
+    assert_eq!(tree.bypass("0000:01:10.0", "0000:01:11.0"), None);
+    let at = bdf("0000:01:11.0");
+    let found = tree.bypass("0000:01:11.0", "0000:01:10.0");
+    assert_eq!(found, Some(Bypass::NoAcs { at }));
+}
+
+#[test]
 fn one_group_is_the_kernels_own_word_for_it() {
     let tree = below_a_switch(ROOT, DOWN);
     tree.group(A, 7);
