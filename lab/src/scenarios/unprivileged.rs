@@ -26,18 +26,22 @@ fn demo_runs_without_privileges(bench: &mut Bench) -> Result<(), ScenarioError> 
     ensure(who.contains("65534\nCapEff:\t0000000000000000"), || {
         format!("not without privileges: {who}")
     })?;
-    bench.run_ok(&as_nobody("throughway demo"))?;
-    let (status, report) = bench.run_json(&as_nobody("throughway demo --json"))?;
-    let steps = report.get("steps").and_then(Value::as_array);
-    let well = status.success() && report.get("ok") == Some(&Value::Bool(true));
-    ensure(well && steps.is_some_and(|steps| steps.len() > 5), || {
-        format!("{status}: {report:#}")
-    })?;
-    // Negative control: the demonstration fails where data go missing.
-    let broken = "throughway demo --json --break-translation drop";
-    let (status, report) = bench.run_json(&as_nobody(broken))?;
-    let fails = status.code() == 1 && report.get("ok") == Some(&Value::Bool(false));
-    ensure(fails, || format!("{status}: {report:#}"))
+    for way in ["type1", "iommufd"] {
+        let demo = format!("throughway demo --iommu {way}");
+        bench.run_ok(&as_nobody(&demo))?;
+        let (status, report) = bench.run_json(&as_nobody(&format!("{demo} --json")))?;
+        let steps = report.get("steps").and_then(Value::as_array);
+        let well = status.success() && report.get("ok") == Some(&Value::Bool(true));
+        ensure(well && steps.is_some_and(|steps| steps.len() > 5), || {
+            format!("{status}: {report:#}")
+        })?;
+        // Negative control: the demonstration fails where data go missing.
+        let broken = format!("{demo} --json --break-translation drop");
+        let (status, report) = bench.run_json(&as_nobody(&broken))?;
+        let fails = status.code() == 1 && report.get("ok") == Some(&Value::Bool(false));
+        ensure(fails, || format!("{status}: {report:#}"))?;
+    }
+    Ok(())
 }
 
 /// Both group files are root's again afterwards.

@@ -32,7 +32,7 @@ pub fn play(kind: Kind, broken: Option<BrokenTranslation>) -> Result<DemoReport>
     let (one, two) = (name(0)?, name(1)?);
     let mut script = Script {
         machine,
-        noun: kind.noun(),
+        spaces: kind.plural(),
         steps: Vec::new(),
     };
     let first = script.register(0, &one)?;
@@ -117,8 +117,8 @@ enum Who {
 
 pub(super) struct Script {
     pub machine: Machine,
-    /// What an address space is called.
-    pub noun: &'static str,
+    /// What address spaces are called.
+    pub spaces: &'static str,
     steps: Vec<Step>,
 }
 
@@ -177,8 +177,8 @@ impl Script {
 
     fn place(&mut self) -> Result<()> {
         let expected = format!(
-            "three BARs of a page or more are mapped in both {}s, the one of 256 bytes is trapped",
-            self.noun
+            "three BARs of a page or more are mapped in both {}, the one of 256 bytes is trapped",
+            self.spaces
         );
         self.step(
             "the guest places its BARs",
@@ -236,8 +236,8 @@ impl Script {
             "one half of the BAR is written",
             "with decoding on, writes the lower half of BAR2's new address",
             format!(
-                "BAR2 leaves both {}s at once; reach: half written",
-                self.noun
+                "BAR2 leaves both {} at once; reach: half written",
+                self.spaces
             ),
             |machine| {
                 machine.peer_write(BAR2_LOW, 0x4000_0000_u32);
@@ -258,17 +258,17 @@ impl Script {
     }
 
     fn other_half(&mut self) -> Result<()> {
-        let noun = self.noun;
+        let spaces = self.spaces;
         self.step(
             "the other half is written",
             "writes the upper half",
-            format!("BAR2 is mapped at 0x9040000000 in both {noun}s"),
+            format!("BAR2 is mapped at 0x9040000000 in both {spaces}"),
             |machine| {
                 machine.peer_write(BAR2_HIGH, 0x90_u32);
                 let region = machine.peer_region()?;
                 let at = machine.peer_address()?;
                 let held = held_of(machine, region);
-                let observed = format!("mapped in {held} {noun}s at {at}");
+                let observed = format!("mapped in {held} {spaces} at {at}");
                 let ok = held == 2 && at == Gpa::new(0x90_4000_0000);
                 Ok(((), Seen { observed, ok }))
             },

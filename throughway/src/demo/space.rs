@@ -27,6 +27,14 @@ impl Kind {
             Self::Iommufd => "IOAS",
         }
     }
+
+    /// What several are called.
+    pub const fn plural(self) -> &'static str {
+        match self {
+            Self::Type1 => "containers",
+            Self::Iommufd => "IOASes",
+        }
+    }
 }
 
 /// One address space.
