@@ -25,9 +25,12 @@ mod p2p_run;
 pub mod bad_input;
 pub mod contract_suite;
 pub mod hotplug;
+pub mod iommufd_bad_input;
 pub mod iommufd_contract;
 pub mod iommufd_kernel;
 pub mod nested_machine;
+pub mod p2p_iommufd;
+pub mod p2p_policy;
 pub mod peer_to_peer;
 pub mod process_end;
 pub mod unprivileged;
@@ -199,11 +202,16 @@ pub fn all() -> Vec<&'static Scenario> {
     [
         nested_machine::SCENARIOS,
         peer_to_peer::SCENARIOS,
+        p2p_iommufd::SCENARIOS,
+        p2p_iommufd::ON_BOTH_KERNELS,
+        p2p_policy::SCENARIOS,
         contract_suite::SCENARIOS,
         iommufd_kernel::SCENARIOS,
         iommufd_contract::SCENARIOS,
         hotplug::SCENARIOS,
         bad_input::SCENARIOS,
+        iommufd_bad_input::SCENARIOS,
+        iommufd_bad_input::ON_THE_STOCK_KERNEL,
         unprivileged::SCENARIOS,
         unsuitable_hosts::SCENARIOS,
         process_end::SCENARIOS,

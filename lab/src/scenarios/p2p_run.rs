@@ -12,6 +12,15 @@ const PAGE: u64 = 0x1000;
 /// The RAM of a run, in pages, unless it is told otherwise.
 pub const RAM_PAGES: u64 = (64 << 20) / PAGE;
 
+/// What controls there are, as `throughway p2p` names them.
+pub const RAM_TAKEN_AWAY: &str = "RAM that was taken away";
+pub const KEPT_OUT: &str = "a BAR that policy keeps out";
+pub const DECODING_OFF: &str = "a BAR whose decoding is off";
+pub const ASLEEP: &str = "a BAR that sleeps in D3hot";
+pub const RESET: &str = "a BAR after a function-level reset";
+pub const BEFORE_THE_MOVE: &str = "where a BAR was before it moved";
+pub const UNREGISTERED: &str = "RAM after the IOMMU was unregistered";
+
 /// The arguments of a run.
 pub fn p2p<'a>(options: &[&'a str], functions: &[&'a str]) -> Vec<&'a str> {
     [&["throughway", "p2p"], options, functions].concat()
@@ -24,10 +33,19 @@ pub struct P2pRun {
     pub status: Status,
     /// Its own verdict.
     pub ok: bool,
+    /// How it programmed the IOMMU, and why in that way.
+    pub iommu: Chosen,
     /// Who reaches whom.
     pub pairs: Vec<Pair>,
     /// What was tried at addresses that are not mapped.
     pub controls: Vec<Control>,
+}
+
+/// What `--iommu` came to.
+#[derive(Debug, Clone)]
+pub struct Chosen {
+    pub chosen: String,
+    pub because: String,
 }
 
 /// One function and one BAR of another.
@@ -40,6 +58,7 @@ pub struct Pair {
     pub reason: Option<String>,
     pub counts: bool,
     pub exercised: Option<String>,
+    pub bypass: Option<String>,
 }
 
 /// One access to an address that is not mapped.
@@ -49,6 +68,7 @@ pub struct Control {
     pub iova: u64,
     pub what: String,
     pub observed: String,
+    pub afterwards: Option<String>,
 }
 
 impl P2pRun {
@@ -68,7 +88,17 @@ impl P2pRun {
 
     /// Runs it with `--exercise`, and sees that it calls itself ok and ends with status 0.
     pub fn exercise(bench: &mut Bench, functions: &[&str]) -> Result<Self, ScenarioError> {
-        let run = Self::with(bench, &["--exercise"], functions)?;
+        Self::exercise_with(bench, &[], functions)
+    }
+
+    /// The same with more options.
+    pub fn exercise_with(
+        bench: &mut Bench,
+        options: &[&str],
+        functions: &[&str],
+    ) -> Result<Self, ScenarioError> {
+        let options = [&["--exercise"], options].concat();
+        let run = Self::with(bench, &options, functions)?;
         ensure(run.ok && run.status.success(), || {
             format!("ended with {}: {run:#?}", run.status)
         })?;
@@ -80,6 +110,7 @@ impl P2pRun {
         Some(Self {
             status,
             ok: report.get("ok")?.as_bool()?,
+            iommu: Chosen::read(report.get("iommu")?)?,
             pairs: list("pairs")?
                 .iter()
                 .map(Pair::read)
@@ -125,11 +156,33 @@ impl P2pRun {
         Ok(found)
     }
 
+    /// The same, and that each reached again what it could not reach meanwhile.
+    pub fn blocked_for_a_while(
+        &self,
+        from: &str,
+        what: &str,
+    ) -> Result<Vec<&Control>, ScenarioError> {
+        let controls = self.blocked(from, what)?;
+        let again = |control: &&Control| control.afterwards.as_deref() == Some("ok");
+        ensure(controls.iter().all(again), || format!("{controls:#?}"))?;
+        Ok(controls)
+    }
+
     /// That QEMU's IOMMU blocked just what the controls tried, and nothing else: so no address
     /// faulted while it was mapped.
     pub fn ensure_witnessed(&self, faults: &[DmarFault]) -> Result<(), ScenarioError> {
         ensure(!self.controls.is_empty(), || "no controls".into())?;
         explained(&self.controls, faults).map_err(ScenarioError::Unexpected)
+    }
+}
+
+impl Chosen {
+    fn read(value: &Value) -> Option<Self> {
+        let text = |name| Some(value.get(name)?.as_str()?.to_owned());
+        Some(Self {
+            chosen: text("chosen")?,
+            because: text("because")?,
+        })
     }
 }
 
@@ -144,6 +197,7 @@ impl Pair {
             reason: text("reason"),
             counts: value.get("counts")?.as_bool()?,
             exercised: text("exercised"),
+            bypass: text("bypass"),
         })
     }
 }
@@ -156,6 +210,7 @@ impl Control {
             iova: value.get("iova")?.as_u64()?,
             what: text("what")?,
             observed: text("observed")?,
+            afterwards: text("afterwards"),
         })
     }
 }
@@ -222,6 +277,7 @@ mod tests {
             iova,
             what: String::new(),
             observed: "blocked".into(),
+            afterwards: None,
         }
     }
 

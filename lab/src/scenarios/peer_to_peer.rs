@@ -1,19 +1,18 @@
-//! Devices that reach each other through VFIO type1, with data that move and data that must not.
+//! Devices that reach each other, by whichever way the kernel offers, with data that move and data
+//! that must not.
 //!
 //! `throughway p2p --exercise` compares the data; QEMU's trace tells, from outside the kernel under
 //! test, which accesses the IOMMU blocked.
 
 use super::entry_limit;
 use super::footprint::{Footprint, pages_ever_pinned};
-use super::p2p_run::{Control, P2pRun, RAM_PAGES};
+use super::p2p_run::{
+    BEFORE_THE_MOVE, Control, DECODING_OFF, P2pRun, RAM_PAGES, RAM_TAKEN_AWAY, UNREGISTERED,
+};
 use super::{BOTH_KERNELS, EDU, IVSHMEM, SECOND_EDU, SECOND_IVSHMEM};
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
-/// What controls there are, as `throughway p2p` names them.
-const RAM_TAKEN_AWAY: &str = "RAM that was taken away";
-const DECODING_OFF: &str = "a BAR whose decoding is off";
-const BEFORE_THE_MOVE: &str = "where a BAR was before it moved";
-const UNREGISTERED: &str = "RAM after the IOMMU was unregistered";
+/// The controls that every run has.
 const EVERY_KIND: [&str; 4] = [RAM_TAKEN_AWAY, DECODING_OFF, BEFORE_THE_MOVE, UNREGISTERED];
 
 /// This file's scenarios.
@@ -27,7 +26,7 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
         unregistered_iommu_has_no_mapping_left,
         bar_that_the_kernel_refuses_is_told_and_counts;
     TWO_EDUS:
-        two_engines_share_a_container_and_reach_one_peer,
+        two_engines_share_an_address_space_and_reach_one_peer,
         functions_of_one_group_reach_each_other_and_those_of_another;
 ];
 
@@ -81,6 +80,7 @@ fn qemu_saw_every_control_blocked_and_nothing_else(bench: &mut Bench) -> Result<
         let fewer = P2pRun {
             controls,
             pairs: vec![],
+            iommu: run.iommu.clone(),
             ..run
         };
         ensure(fewer.ensure_witnessed(&faults).is_err(), || {
@@ -126,7 +126,7 @@ fn unregistered_iommu_has_no_mapping_left(bench: &mut Bench) -> Result<(), Scena
 /// The negative control of "mapped": a kernel that takes two mappings has none left for BARs.
 fn bar_that_the_kernel_refuses_is_told_and_counts(bench: &mut Bench) -> Result<(), ScenarioError> {
     let run = entry_limit::while_it_is(2, bench, |bench| {
-        P2pRun::with(bench, &["--exercise"], &[EDU, IVSHMEM])
+        P2pRun::with(bench, &["--exercise", "--iommu", "type1"], &[EDU, IVSHMEM])
     })?;
     ensure(!run.ok && run.status.code() == 1, || format!("{run:#?}"))?;
     let pair = run.pair(EDU, IVSHMEM, 2)?;
@@ -141,7 +141,7 @@ fn bar_that_the_kernel_refuses_is_told_and_counts(bench: &mut Bench) -> Result<(
     P2pRun::exercise(bench, &[EDU, IVSHMEM])?.ensure_exercised(EDU, IVSHMEM, 2)
 }
 
-fn two_engines_share_a_container_and_reach_one_peer(
+fn two_engines_share_an_address_space_and_reach_one_peer(
     bench: &mut Bench,
 ) -> Result<(), ScenarioError> {
     let before = pages_ever_pinned(bench)?;
@@ -153,7 +153,7 @@ fn two_engines_share_a_container_and_reach_one_peer(
         }
     }
     run.ensure_witnessed(&bench.dmar_faults()?)?;
-    // Seen from outside: with a container for each group, RAM would have been pinned twice.
+    // Seen from outside: with an address space for each group, RAM would have been pinned twice.
     let pinned = pages_ever_pinned(bench)?.saturating_sub(before);
     ensure(
         (RAM_PAGES..RAM_PAGES.saturating_mul(2)).contains(&pinned),

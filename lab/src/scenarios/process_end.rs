@@ -51,7 +51,7 @@ fn killed_run_leaves_nothing(bench: &mut Bench) -> Result<(), ScenarioError> {
         // 137 is 128 and SIGKILL: it did not end by itself before.
         let during = bench.shell(&format!(
             "{run} > /dev/null 2>&1 & pid=$!
-             until ls -l /proc/$pid/fd | grep -q vfio-device; do usleep 1000; done
+             until ls -l /proc/$pid/fd | grep -qE 'vfio-device|vfio/devices'; do usleep 1000; done
              usleep {moment}000
              {}
              kill -9 $pid

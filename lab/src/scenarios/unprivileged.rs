@@ -17,7 +17,7 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
 ];
 
 /// The command that runs a script as a user without capabilities.
-const fn as_nobody(script: &str) -> [&str; 6] {
+pub const fn as_nobody(script: &str) -> [&str; 6] {
     ["su", "nobody", "-s", "/bin/sh", "-c", script]
 }
 
@@ -98,7 +98,7 @@ fn locked_memory_limit_comes_with_the_need_and_how_to_raise_it(
 }
 
 /// A command as a shell reads it, each word in quotes.
-fn quoted(argv: &[&str]) -> String {
+pub fn quoted(argv: &[&str]) -> String {
     let words: Vec<String> = argv.iter().map(|word| format!("'{word}'")).collect();
     words.join(" ")
 }

@@ -34,7 +34,7 @@ pub fn in_place(
     for pair in pairs.iter().filter(|pair| pair.filtered) {
         controls.extend(filtered(assembly, pair, witness)?);
     }
-    for pair in exercised(pairs) {
+    for pair in exercised(assembly, pairs)? {
         controls.extend(revocation::all(assembly, pair, witness)?);
     }
     Ok(controls)
@@ -48,7 +48,7 @@ pub fn moved(
 ) -> Result<Vec<Control>> {
     let mut controls = Vec::new();
     let mut old: BTreeMap<(usize, BarIndex), Option<GpaRange>> = BTreeMap::new();
-    for pair in exercised(pairs) {
+    for pair in exercised(assembly, pairs)? {
         let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
         let bar = peer.bar(pair.index).context("a BAR is gone")?;
         let key = (pair.to_member, pair.index);
@@ -117,10 +117,19 @@ fn engines(assembly: &Assembly) -> Vec<usize> {
         .collect()
 }
 
-fn exercised(pairs: &[Pair]) -> impl Iterator<Item = &Pair> {
-    pairs
-        .iter()
-        .filter(|pair| pair.exercised == Some(Exercised::Ok))
+/// The pairs between which whole pages were moved. (Of registers nobody could tell whether a page
+/// that was written there had arrived.)
+fn exercised<'p>(assembly: &Assembly, pairs: &'p [Pair]) -> Result<Vec<&'p Pair>> {
+    let mut found = Vec::new();
+    for pair in pairs {
+        let peer = assembly.members.get(pair.to_member);
+        let bar = peer.and_then(|peer| peer.bar(pair.index));
+        let bar = bar.context("a BAR is gone")?;
+        if bar.is_prefetchable() && pair.exercised == Some(Exercised::Ok) {
+            found.push(pair);
+        }
+    }
+    Ok(found)
 }
 
 /// Writes to a page of RAM, then to where it was.

@@ -6,6 +6,7 @@ use memory_map::{Gpa, Iova};
 
 use super::assembly::{Assembly, Member, MemberBar, RAM};
 use super::report::{Exercised, Pair};
+use super::spot::Spot;
 use crate::pattern::{comparison, pattern, read_bar};
 use crate::ram::GuestRam;
 
@@ -35,11 +36,11 @@ fn exercise(assembly: &mut Assembly, pair: &mut Pair, number: u64) -> Result<()>
         pair.note = Some(format!("no driver for {}'s DMA engine", pair.from));
         return Ok(());
     }
-    if !bar.is_prefetchable() {
+    let Some(spot) = Spot::of(to, &bar) else {
         pair.note = Some("not prefetchable: reading or writing it could do harm".into());
         return Ok(());
-    }
-    match one(from, to, &bar, ram, number)? {
+    };
+    match one(from, to, &bar, spot, ram, number)? {
         Exercise::Done => {
             pair.exercised = Some(Exercised::Ok);
             pair.at.push(bar.info.address);
@@ -59,7 +60,8 @@ pub fn again(assembly: &mut Assembly, pair: &Pair) -> Result<Exercised> {
     const SEED: u64 = 1 << 32;
     let (from, to, ram) = two(assembly, pair.from_member, pair.to_member)?;
     let bar = to.bar(pair.index).context("a BAR is gone")?;
-    Ok(match one(from, to, &bar, ram, SEED)? {
+    let spot = Spot::of(to, &bar).context("a BAR has changed")?;
+    Ok(match one(from, to, &bar, spot, ram, SEED)? {
         Exercise::Done => Exercised::Ok,
         Exercise::Differs(_) | Exercise::OutOfReach(_) => Exercised::Mismatch,
     })
@@ -80,7 +82,7 @@ pub fn two(
     Ok((from, to, &assembly.ram))
 }
 
-/// Where in a BAR the data go: a page in its middle.
+/// Where in a prefetchable BAR the data go: a page in its middle.
 pub fn offset_in(bar: &MemberBar) -> u64 {
     (bar.info.size / 2) & !(LEN_64 - 1)
 }
@@ -98,40 +100,48 @@ fn one(
     from: &mut Member,
     to: &Member,
     bar: &MemberBar,
+    spot: Spot,
     ram: &GuestRam,
     seed: u64,
 ) -> Result<Exercise> {
     let index = bar.info.index;
-    let offset = offset_in(bar);
+    let Spot { offset, len, .. } = spot;
+    let len_64 = u64::try_from(len)?;
     let at = Iova::new(bar.range()?.start().raw().saturating_add(offset));
     let engine = from.engine.as_mut().context("an engine is gone")?;
 
-    let before = read_bar(&to.function, index, offset, LEN);
-    let there = pattern(seed.wrapping_mul(2), LEN);
+    let before = read_bar(&to.function, index, offset, len);
+    let there = pattern(seed.wrapping_mul(2), len);
     ram.write(SOURCE, &there)?;
-    match engine.copy(Iova::new(SOURCE.raw()), at, LEN_64) {
+    match engine.copy(Iova::new(SOURCE.raw()), at, len_64) {
         Ok(()) => {}
         Err(error @ EngineError::OutOfReach { .. }) => {
             return Ok(Exercise::OutOfReach(error.to_string()));
         }
         Err(error) => return Err(error.into()),
     }
-    let found = read_bar(&to.function, index, offset, LEN);
+    let (found, there) = (
+        read_bar(&to.function, index, offset, len),
+        spot.read_back(there),
+    );
     if found != there {
         let how = comparison(&found, &there);
         return Ok(Exercise::Differs(format!("RAM to BAR: {how}")));
     }
 
     // Other bytes: those of the first half are still in the engine's buffer.
-    let back = pattern(seed.wrapping_mul(2).wrapping_add(1), LEN);
+    let back = pattern(seed.wrapping_mul(2).wrapping_add(1), len);
     let mut refused = to.function.bar_write(index, offset, &back);
-    ram.write(MAILBOX, &vec![0; LEN])?;
-    engine.copy(at, Iova::new(MAILBOX.raw()), LEN_64)?;
-    let found = ram.read(MAILBOX, LEN)?;
+    ram.write(MAILBOX, &vec![0; len])?;
+    engine.copy(at, Iova::new(MAILBOX.raw()), len_64)?;
+    let found = ram.read(MAILBOX, len)?;
+    // What was written to have it read as it did.
+    let before = spot.read_back(before);
     refused = to.function.bar_write(index, offset, &before).or(refused);
     if let Some(error) = refused {
         return Err(error).with_context(|| format!("writing {} {index}", to.function.name()));
     }
+    let back = spot.read_back(back);
     if found != back {
         let how = comparison(&found, &back);
         return Ok(Exercise::Differs(format!("BAR to RAM: {how}")));

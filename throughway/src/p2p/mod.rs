@@ -8,6 +8,7 @@ mod host;
 mod policy;
 mod report;
 mod revocation;
+mod spot;
 mod windows;
 mod witness;
 
@@ -56,8 +57,8 @@ pub struct P2pArgs {
     pub p2p: Vec<P2pChoice>,
     /// Move data with every DMA engine there is a driver for, and compare
     ///
-    /// A pattern goes from RAM into each peer's prefetchable BARs and back, and what was in the
-    /// BAR is put back afterwards; then the BAR is moved, and all of that is done again. As a
+    /// A pattern goes from RAM into each peer's prefetchable BARs and back (and into a register of
+    /// another edu), and what was in the BAR is put back afterwards; then the BAR is moved, and all of that is done again. As a
     /// control, the engine is also pointed at addresses that are not mapped any more: of RAM that
     /// was taken away, of a peer that does not decode, sleeps or was reset (if it can), of a BAR
     /// that was moved. There is a driver for QEMU's edu.

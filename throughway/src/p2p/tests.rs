@@ -205,6 +205,8 @@ fn every_pair_is_told_exercised_and_controlled() {
                 "at its first place and where it was moved"
             );
             assert_ne!(bar2.at[0], bar2.at[1]);
+            let registers = pair(&report, from, if from == EDU { OTHER } else { EDU }, 0);
+            assert_eq!(registers.exercised, Some(Exercised::Ok));
             let bar0 = pair(&report, from, PEER, 0);
             assert_eq!((bar0.reach, bar0.counts), ("unavailable", false));
         }
@@ -320,7 +322,11 @@ fn data_that_do_not_arrive_are_a_mismatch() {
     assert!(!report.ok);
     let mismatches = report.pairs.iter();
     let mismatches = mismatches.filter(|p| p.exercised == Some(Exercised::Mismatch));
-    assert_eq!(mismatches.count(), 2);
+    assert_eq!(
+        mismatches.count(),
+        4,
+        "the peer's BAR2 and each other's registers"
+    );
 }
 
 /// An IOMMU that says it has unmapped, and has not.
