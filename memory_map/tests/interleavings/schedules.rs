@@ -217,6 +217,59 @@ fn a_target_joins_and_another_leaves_while_a_bar_moves() {
 }
 
 #[test]
+fn a_target_that_joins_holds_nothing_of_ram_that_is_refused_meanwhile() {
+    shuttle::check_random(
+        || {
+            let w = world();
+            // At once: that is when the other plans.
+            w.table.fail_in(0, Fault::Refused);
+            let map = w.map.clone();
+            let joiner = thread::spawn(move || register(&map));
+            let map = w.map.clone();
+            let adder = thread::spawn(move || add_ram(&map).is_err());
+            let (table, handle) = joiner.join().unwrap();
+            assert!(adder.join().unwrap());
+            check(&w.map, &w.table, &w.handle);
+            check(&w.map, &table, &handle);
+        },
+        SCHEDULES,
+    );
+}
+
+#[test]
+fn a_registration_that_is_refused_leaves_nothing_of_what_others_mapped_into_it() {
+    shuttle::check_random(
+        || {
+            let w = world();
+            add_ram(&w.map).unwrap();
+            let table = PageTable::new(paged());
+            table.fail_in(2, Fault::Refused);
+            let (map, slow) = (w.map.clone(), Box::new(Slow(table.clone())));
+            let joiner = thread::spawn(move || {
+                let joined = map.register(slow, TargetOptions::new("refusing"));
+                joined.err()
+            });
+            let (map, bar) = (w.map.clone(), w.bar);
+            let adder = thread::spawn(move || {
+                let other = backing(2, &Arc::default());
+                let mut change = map.change();
+                let id = change.add(spec(RegionKind::Ram, HIGH, &other, 0));
+                change.enable(id);
+                // If it is this one that is refused, it is so in a target that joins.
+                drop(change.commit());
+                move_bar(&map, bar, LOW + PAGE);
+            });
+            let refused = joiner.join().unwrap();
+            adder.join().unwrap();
+            if refused.is_some() {
+                assert_eq!(table.len(), 0);
+            }
+        },
+        SCHEDULES,
+    );
+}
+
+#[test]
 fn what_is_revoked_while_it_is_being_mapped_is_mapped_again() {
     shuttle::check_random(
         || {
