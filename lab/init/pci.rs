@@ -9,7 +9,7 @@ use crate::Problems;
 const DEVICES: &str = "/sys/bus/pci/devices";
 const DRIVER: &str = "/sys/bus/pci/drivers/vfio-pci";
 
-/// Binds every function that is not the chipset's and no bridge, and gives the names of those that
+/// Binds every function that is not the chipset's, no bridge and no IOMMU, and gives the names of those that
 /// are bound.
 pub fn bind_all(problems: &mut Problems) -> Vec<String> {
     let Some(entries) = problems.check("looking for PCI functions", fs::read_dir(DEVICES)) else {
@@ -18,7 +18,7 @@ pub fn bind_all(problems: &mut Problems) -> Vec<String> {
     let mut functions: Vec<String> = entries
         .flatten()
         .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|function| !is_chipset(function) && !is_bridge(function))
+        .filter(|function| !is_chipset(function) && !is_bridge_or_iommu(function))
         .collect();
     functions.sort();
     if !functions.is_empty() && !Path::new(DRIVER).is_dir() {
@@ -38,10 +38,10 @@ fn is_chipset(function: &str) -> bool {
     function == "0000:00:00.0" || function.starts_with("0000:00:1f.")
 }
 
-/// Class 06: host, ISA and PCI bridges, root ports.
-fn is_bridge(function: &str) -> bool {
+/// Class 06: host, ISA and PCI bridges, root ports. Class 08, subclass 06: an IOMMU, which AMD's is.
+fn is_bridge_or_iommu(function: &str) -> bool {
     fs::read_to_string(format!("{DEVICES}/{function}/class"))
-        .is_ok_and(|class| class.starts_with("0x06"))
+        .is_ok_and(|class| class.starts_with("0x06") || class.starts_with("0x0806"))
 }
 
 fn bind(function: &str) -> io::Result<()> {

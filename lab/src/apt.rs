@@ -190,8 +190,11 @@ impl Apt {
     pub fn unpack(&self, packages: &[Package], into: &Path) -> Result<(), PackageError> {
         let downloads = into.join("deb");
         fs::create_dir(&downloads).map_err(io_error("make the folder", &downloads))?;
-        let names: Vec<_> = packages.iter().map(ToString::to_string).collect();
-        let mut progress = Progress::start(format!("fetching {}", names.join(", ")));
+        let title = match packages {
+            [one] => format!("fetching {one}"),
+            several => format!("fetching {} packages", several.len()),
+        };
+        let mut progress = Progress::start(title);
         let wanted: Vec<_> = packages
             .iter()
             .map(|package| format!("{}={}", package.name, package.version))

@@ -1,17 +1,21 @@
 //! What a scenario is, and how a list of them is run.
 //!
-//! A [`Scenario`] is a named check on a running nested machine of a given [`Shape`]. Scenarios of
-//! one shape share a boot, in the order of the list; after a scenario that has failed or lost its
-//! machine, another is booted for the next one. A scenario asks by [`Sharing::Own`] for a machine that nobody else uses.
+//! A [`Scenario`] is a named check on a running nested machine of a given [`Shape`], made once on
+//! each kernel that it names: a [`Trial`]. Trials of one shape and kernel share a boot, in the order
+//! of the list; after one that has failed or lost its machine, another is booted for the next one. A
+//! scenario asks by [`Sharing::Own`] for a machine that nobody else uses.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use crate::channel::Status;
+use crate::disk::Disk;
 use crate::dmar::DmarFault;
+use crate::kernel::OwnKernel;
 use crate::machine::{Machine, MachineError, Output, TraceMark};
+use crate::monitor::{Monitor, MonitorError};
 use crate::parts::Parts;
-use crate::spec::Spec;
+use crate::spec::{Iommu, Spec};
 
 /// How long one command of a scenario may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
@@ -23,6 +27,10 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
 pub struct Shape {
     /// Its name, in reports.
     pub name: &'static str,
+    /// Its IOMMU.
+    pub iommu: Iommu,
+    /// Disks, for devices that name them as their `drive`.
+    pub disks: &'static [Disk],
     /// QEMU `-object` values.
     pub objects: &'static [&'static str],
     /// QEMU `-device` values.
@@ -47,10 +55,46 @@ pub struct Scenario {
     pub name: &'static str,
     /// On which machine.
     pub shape: &'static Shape,
+    /// On which kernels.
+    pub kernels: &'static [OwnKernel],
     /// Whether the machine may serve others, too.
     pub sharing: Sharing,
     /// The check.
     pub run: fn(&mut Bench) -> Result<(), ScenarioError>,
+}
+
+/// A scenario on one of its kernels.
+#[derive(Debug, Clone, Copy)]
+pub struct Trial {
+    /// The scenario.
+    pub scenario: &'static Scenario,
+    /// The kernel.
+    pub kernel: OwnKernel,
+}
+
+impl Trial {
+    /// The trials of a scenario.
+    pub fn of(scenario: &'static Scenario) -> impl Iterator<Item = Self> {
+        let on = move |&kernel| Self { scenario, kernel };
+        scenario.kernels.iter().map(on)
+    }
+
+    /// The scenario's name, with the kernel's behind it unless that is the stock one.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self.kernel {
+            OwnKernel::Stock => self.scenario.name.to_owned(),
+            other => format!("{}@{}", self.scenario.name, other.name()),
+        }
+    }
+
+    /// Whether the two may share a machine. Any trial may with itself.
+    fn shares_with(&self, other: &Self) -> bool {
+        let (one, two) = (self.scenario, other.scenario);
+        let shared = one.sharing == Sharing::Shared && two.sharing == Sharing::Shared;
+        self.kernel == other.kernel
+            && (std::ptr::eq(one, two) || (shared && std::ptr::eq(one.shape, two.shape)))
+    }
 }
 
 /// Why a scenario did not pass.
@@ -65,6 +109,9 @@ pub enum ScenarioError {
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// QEMU's monitor did not do what it should.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
     /// A command's output is not the JSON it should be.
     #[error("no JSON on standard output:\n{output}")]
     Json {
@@ -106,6 +153,14 @@ impl Bench {
     /// The machine, for what the bench does not offer.
     pub fn machine(&mut self) -> &mut Machine {
         &mut self.machine
+    }
+
+    /// QEMU's monitor.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn monitor(&mut self) -> Result<&mut Monitor, ScenarioError> {
+        Ok(self.machine.monitor()?)
     }
 
     /// Runs a command to its end, however it ends.
@@ -222,38 +277,42 @@ pub enum Verdict {
 /// One line of the report.
 #[derive(Debug)]
 pub struct Report {
-    /// The scenario's name.
-    pub name: &'static str,
+    /// The trial's name.
+    pub name: String,
     /// How it ended.
     pub verdict: Verdict,
     /// How long it took, without the boot.
     pub duration: Duration,
 }
 
-/// Runs scenarios, grouped by shape, and reports each as it ends.
-pub fn run_all(parts: &Parts, scenarios: &[&'static Scenario], report: &mut dyn FnMut(Report)) {
-    let mut left: Vec<&'static Scenario> = scenarios.to_vec();
-    while let Some(first) = left.first().copied() {
-        let shares = |scenario: &Scenario| {
-            std::ptr::eq(scenario.shape, first.shape)
-                && scenario.sharing == Sharing::Shared
-                && first.sharing == Sharing::Shared
-        };
-        let (group, rest): (Vec<_>, Vec<_>) = left
-            .into_iter()
-            .partition(|scenario| std::ptr::eq(*scenario, first) || shares(scenario));
-        left = rest;
+/// Runs trials on the kernel in `parts`, grouped by shape, and reports each as it ends. They must be
+/// that kernel's.
+pub fn run_all(parts: &Parts, trials: &[Trial], report: &mut dyn FnMut(Report)) {
+    for group in groups(trials) {
         run_group(parts, &group, report);
     }
 }
 
-/// Runs scenarios on one machine, as long as it lives.
-fn run_group(parts: &Parts, group: &[&'static Scenario], report: &mut dyn FnMut(Report)) {
+/// The trials that share a machine, together; groups in the order of their first trials.
+fn groups(trials: &[Trial]) -> Vec<Vec<Trial>> {
+    let mut groups = Vec::new();
+    let mut left = trials.to_vec();
+    while let Some(first) = left.first().copied() {
+        let (group, rest) = left.iter().partition(|trial| trial.shares_with(&first));
+        left = rest;
+        groups.push(group);
+    }
+    groups
+}
+
+/// Runs trials on one machine, as long as it lives.
+fn run_group(parts: &Parts, group: &[Trial], report: &mut dyn FnMut(Report)) {
     let mut running: Option<Machine> = None;
-    for scenario in group {
+    for trial in group {
+        let scenario = trial.scenario;
         let mut say = |verdict, duration| {
             report(Report {
-                name: scenario.name,
+                name: trial.name(),
                 verdict,
                 duration,
             });
@@ -274,7 +333,7 @@ fn run_group(parts: &Parts, group: &[&'static Scenario], report: &mut dyn FnMut(
             eprintln!("lab: {why}");
             eprintln!(
                 "lab: a processor lost its timer: `{}` once more",
-                scenario.name
+                trial.name()
             );
             (attempt, machine) = match boot(parts, scenario.shape) {
                 Ok(machine) => {
@@ -339,6 +398,8 @@ fn on_bench(machine: Machine, scenario: &Scenario) -> (Attempt, Option<Machine>)
 fn boot(parts: &Parts, shape: &Shape) -> Result<Machine, MachineError> {
     let owned = |values: &[&str]| values.iter().map(ToString::to_string).collect();
     let spec = Spec {
+        iommu: shape.iommu,
+        disks: shape.disks.to_vec(),
         objects: owned(shape.objects),
         devices: owned(shape.devices),
         kernel_options: owned(shape.kernel_options),
@@ -363,4 +424,61 @@ fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static SHAPE: Shape = Shape {
+        name: "a shape",
+        iommu: Iommu::Intel,
+        disks: &[],
+        objects: &[],
+        devices: &[],
+        kernel_options: &[],
+    };
+    static OTHER: Shape = Shape {
+        name: "another",
+        ..SHAPE
+    };
+
+    const fn scenario(name: &'static str, shape: &'static Shape, sharing: Sharing) -> Scenario {
+        Scenario {
+            name,
+            shape,
+            kernels: &OwnKernel::ALL,
+            sharing,
+            run: |_| Ok(()),
+        }
+    }
+
+    #[test]
+    fn trials_of_one_kernel_and_shape_share_a_machine_unless_they_want_their_own() {
+        static LIST: [Scenario; 5] = [
+            scenario("a", &SHAPE, Sharing::Shared),
+            scenario("b", &OTHER, Sharing::Shared),
+            scenario("c", &SHAPE, Sharing::Own),
+            scenario("d", &SHAPE, Sharing::Shared),
+            scenario("e", &SHAPE, Sharing::Own),
+        ];
+        let trials: Vec<Trial> = LIST.iter().flat_map(Trial::of).collect();
+        let names: Vec<Vec<String>> = groups(&trials)
+            .iter()
+            .map(|group| group.iter().map(Trial::name).collect())
+            .collect();
+        assert_eq!(
+            names,
+            [
+                vec!["a", "d"],
+                vec!["a@iommufd", "d@iommufd"],
+                vec!["b"],
+                vec!["b@iommufd"],
+                vec!["c"],
+                vec!["c@iommufd"],
+                vec!["e"],
+                vec!["e@iommufd"],
+            ]
+        );
+    }
 }

@@ -55,7 +55,7 @@ pub struct Spec {
     pub disks: Vec<Disk>,
     /// QEMU `-object` values.
     pub objects: Vec<String>,
-    /// QEMU `-device` values. Every PCI function but the chipset's and bridges is bound to vfio-pci.
+    /// QEMU `-device` values. Every PCI function but the chipset's, bridges and IOMMUs is bound to vfio-pci.
     pub devices: Vec<String>,
     /// Files for the nested machine.
     pub files: Vec<GuestFile>,
@@ -154,7 +154,9 @@ impl Spec {
     }
 
     fn command_line(&self) -> String {
-        let own = "console=ttyS0 panic=-1 intel_iommu=on quiet";
+        // Whether the timer interrupts in time depends on how busy this machine is: the kernel must
+        // not conclude from it that it never does.
+        let own = "console=ttyS0 panic=-1 intel_iommu=on no_timer_check quiet";
         let options = self.kernel_options.iter().map(String::as_str);
         std::iter::once(own)
             .chain(options)

@@ -7,28 +7,48 @@ use anyhow::bail;
 use lab::cache::Cache;
 use lab::kernel::{KernelChoice, OwnKernel};
 use lab::parts::Parts;
-use lab::scenario::{Report, Scenario, Verdict, run_all};
+use lab::scenario::{Report, Trial, Verdict, run_all};
 use lab::scenarios;
 
 use crate::guest_programs;
 
-/// Runs the scenarios whose name contains `filter`, and says how they ended.
+/// Which scenarios are run.
+#[derive(Debug, Default)]
+pub struct Choice {
+    /// Those whose name contains this; else all.
+    pub filter: Option<String>,
+    /// Those on this kernel; else all.
+    pub kernel: Option<OwnKernel>,
+}
+
+/// Runs the chosen scenarios, one kernel after the other, and says how they ended.
 ///
-/// A machine that cannot have the lab (no apt, no mirror) gives skips, with the reason.
-pub fn test(filter: Option<&str>, list: bool, no_skips: bool) -> anyhow::Result<ExitCode> {
-    let chosen: Vec<&'static Scenario> = scenarios::all()
+/// A machine that cannot have the lab (no apt, no mirror, no compiler) gives skips, with the reason.
+pub fn test(choice: &Choice, list: bool, no_skips: bool) -> anyhow::Result<ExitCode> {
+    let chosen: Vec<Trial> = scenarios::all()
         .into_iter()
-        .filter(|scenario| filter.is_none_or(|part| scenario.name.contains(part)))
+        .flat_map(Trial::of)
+        .filter(|trial| choice.kernel.is_none_or(|kernel| trial.kernel == kernel))
+        .filter(|trial| {
+            let name = trial.name();
+            choice
+                .filter
+                .as_ref()
+                .is_none_or(|part| name.contains(part))
+        })
         .collect();
     if chosen.is_empty() {
         bail!(
-            "no scenario's name contains {:?}",
-            filter.unwrap_or_default()
+            "no scenario{} has a name that contains {:?}",
+            choice
+                .kernel
+                .map_or(String::new(), |kernel| format!(" on {}", kernel.name())),
+            choice.filter.as_deref().unwrap_or_default()
         );
     }
     if list {
-        for scenario in chosen {
-            println!("{}", scenario.name);
+        for trial in chosen {
+            println!("{}", trial.name());
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -36,22 +56,32 @@ pub fn test(filter: Option<&str>, list: bool, no_skips: bool) -> anyhow::Result<
     let programs = guest_programs::build()?;
     let mut count = Count::default();
     let cache = Cache::from_environment()?;
-    match Parts::obtain(&cache, &KernelChoice::Own(OwnKernel::Stock), programs) {
-        Ok(parts) => {
-            eprintln!(
-                "lab: QEMU {}, kernel {}",
-                parts.qemu.version, parts.kernel.description
-            );
-            run_all(&parts, &chosen, &mut |report| count.add(&report));
+    for kernel in OwnKernel::ALL {
+        let trials: Vec<Trial> = chosen
+            .iter()
+            .copied()
+            .filter(|trial| trial.kernel == kernel)
+            .collect();
+        if trials.is_empty() {
+            continue;
         }
-        Err(error) => {
-            let reason = format!("{:#}", anyhow::Error::from(error));
-            for scenario in chosen {
-                count.add(&Report {
-                    name: scenario.name,
-                    verdict: Verdict::Skipped(reason.clone()),
-                    duration: Duration::ZERO,
-                });
+        match Parts::obtain(&cache, &KernelChoice::Own(kernel), programs.clone()) {
+            Ok(parts) => {
+                eprintln!(
+                    "lab: QEMU {}, kernel {}",
+                    parts.qemu.version, parts.kernel.description
+                );
+                run_all(&parts, &trials, &mut |report| count.add(&report));
+            }
+            Err(error) => {
+                let reason = format!("{:#}", anyhow::Error::from(error));
+                for trial in trials {
+                    count.add(&Report {
+                        name: trial.name(),
+                        verdict: Verdict::Skipped(reason.clone()),
+                        duration: Duration::ZERO,
+                    });
+                }
             }
         }
     }
@@ -76,7 +106,7 @@ struct Count {
 impl Count {
     fn add(&mut self, report: &Report) {
         let seconds = report.duration.as_secs_f64();
-        let name = report.name;
+        let name = &report.name;
         let (counter, line) = match &report.verdict {
             Verdict::Passed => (
                 &mut self.passed,
@@ -121,7 +151,7 @@ mod tests {
         let mut count = Count::default();
         let mut add = |verdict| {
             count.add(&Report {
-                name: "x",
+                name: "x".to_owned(),
                 verdict,
                 duration: Duration::ZERO,
             });
@@ -130,7 +160,7 @@ mod tests {
         add(Verdict::Failed("a\nb".into()));
         assert_eq!(count.line(), "1 passed, 1 failed");
         count.add(&Report {
-            name: "y",
+            name: "y".to_owned(),
             verdict: Verdict::Skipped("no mirror".into()),
             duration: Duration::ZERO,
         });

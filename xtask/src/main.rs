@@ -42,7 +42,7 @@ enum Chore {
     /// built; 2 GB of disk and some ten minutes on two processors, once). Nothing is installed, and
     /// no privileges are needed; building wants gcc on the PATH.
     #[command(subcommand)]
-    Lab(LabChore),
+    Lab(Box<LabChore>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -55,7 +55,7 @@ enum LabChore {
     /// Ends with the command's exit status (128 and the signal's number if a signal ended it, 127 if
     /// there is no such program), or with 125 if the machine could not be had, died, or took too
     /// long.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Runs the lab's scenarios.
     Test(TestArgs),
     /// Fetches and builds what the lab needs into the cache, and does nothing else.
@@ -114,13 +114,26 @@ struct RunArgs {
 /// What `lab test` is told.
 #[derive(Debug, Args)]
 struct TestArgs {
-    /// Only scenarios whose name contains this.
+    /// Only scenarios whose name contains this. A scenario's name ends with `@iommufd` where it runs
+    /// on that kernel; many run on both.
     filter: Option<String>,
+    /// Only scenarios on this kernel.
+    #[arg(long, value_name = "stock|iommufd")]
+    kernel: Option<OwnKernel>,
     /// List them instead of running them.
     #[arg(long)]
     list: bool,
     #[command(flatten)]
     strictness: Strictness,
+}
+
+impl TestArgs {
+    fn choice(&self) -> lab_test::Choice {
+        lab_test::Choice {
+            filter: self.filter.clone(),
+            kernel: self.kernel,
+        }
+    }
 }
 
 /// What a skip counts for.
@@ -153,18 +166,18 @@ fn main() -> ExitCode {
     let result = match Cli::parse().chore {
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Test(strictness) => test(strictness),
-        Chore::Lab(LabChore::Run(args)) => {
-            return lab_run::run(&args).unwrap_or_else(|error| {
-                complain(&error);
-                ExitCode::from(OWN_ERROR)
-            });
-        }
-        Chore::Lab(LabChore::Test(args)) => lab_test::test(
-            args.filter.as_deref(),
-            args.list,
-            args.strictness.refuses_skips(),
-        ),
-        Chore::Lab(LabChore::Fetch(args)) => fetch(args.kernel),
+        Chore::Lab(chore) => match *chore {
+            LabChore::Run(args) => {
+                return lab_run::run(&args).unwrap_or_else(|error| {
+                    complain(&error);
+                    ExitCode::from(OWN_ERROR)
+                });
+            }
+            LabChore::Test(args) => {
+                lab_test::test(&args.choice(), args.list, args.strictness.refuses_skips())
+            }
+            LabChore::Fetch(args) => fetch(args.kernel),
+        },
     };
     result.unwrap_or_else(|error| {
         complain(&error);
@@ -176,7 +189,11 @@ fn test(strictness: Strictness) -> anyhow::Result<ExitCode> {
     check::check()?;
     workspace::cargo(&["test", "--workspace", "--locked"], &[])?;
     interleavings()?;
-    lab_test::test(None, false, strictness.refuses_skips())
+    lab_test::test(
+        &lab_test::Choice::default(),
+        false,
+        strictness.refuses_skips(),
+    )
 }
 
 /// The map's threads and the cut-off's under a model checker, in a build folder of their own: everything below is

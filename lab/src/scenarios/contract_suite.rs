@@ -4,11 +4,12 @@ use serde_json::Value;
 
 use super::entry_limit;
 use super::footprint::Footprint;
-use super::{EDU, IVSHMEM};
+use super::{BOTH_KERNELS, EDU, IVSHMEM};
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
 /// This file's scenarios.
 pub static SCENARIOS: &[Scenario] = shared_scenarios![
+    on BOTH_KERNELS;
     EDU_AND_IVSHMEM:
         kernel_keeps_the_type1_contract,
         kernel_that_breaks_the_contract_is_noticed,

@@ -9,8 +9,8 @@ pub const SCRIPT: &str = r#"
     cat /proc/sys/vm/stat_refresh
     awk '/^nr_foll_pin_acquired/ { a = $2 } /^nr_foll_pin_released/ { r = $2 }
          END { print "pinned pages:", a - r }' /proc/vmstat
-    awk '$1 ~ /^vfio/ { print "users of " $1 ":", $3 }' /proc/modules
-    echo "open files of VFIO: $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c vfio)"
+    [ ! -e /proc/modules ] || awk '$1 ~ /^vfio/ { print "users of " $1 ":", $3 }' /proc/modules
+    echo "open files of VFIO: $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -cE 'vfio|/dev/iommu')"
     for device in /sys/bus/pci/devices/*; do
         echo "$device: $(readlink $device/driver), override $(cat $device/driver_override)"
         hexdump -C -n 64 $device/config

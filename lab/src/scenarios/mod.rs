@@ -1,31 +1,48 @@
 //! The scenarios, by what they are about.
 
 /// Scenarios that share their machine with others, by shape, each named like the function that is
-/// its check.
+/// its check. They run on the stock kernel, unless `on` some kernels is said first.
 macro_rules! shared_scenarios {
-    ($($shape:ident: $($check:ident),+ $(,)?);+ $(;)?) => {
+    (on $kernels:expr; $($shape:ident: $($check:ident),+ $(,)?);+ $(;)?) => {
         &[$($($crate::scenario::Scenario {
             name: stringify!($check),
             shape: &$crate::scenarios::$shape,
+            kernels: $kernels,
             sharing: $crate::scenario::Sharing::Shared,
             run: $check,
         }),+),+]
+    };
+    ($($shapes:tt)+) => {
+        shared_scenarios![on &[$crate::kernel::OwnKernel::Stock]; $($shapes)+]
     };
 }
 
 mod entry_limit;
 mod footprint;
+mod kernel_log;
 mod p2p_run;
 
 pub mod bad_input;
 pub mod contract_suite;
+pub mod hotplug;
+pub mod iommufd_kernel;
 pub mod nested_machine;
 pub mod peer_to_peer;
 pub mod process_end;
 pub mod unprivileged;
 pub mod unsuitable_hosts;
 
+use std::borrow::Cow;
+
+use crate::disk::Disk;
+use crate::kernel::OwnKernel;
 use crate::scenario::{Scenario, Shape};
+use crate::spec::Iommu;
+
+/// Where a scenario runs that asks nothing of the kernel that one of them lacks.
+const BOTH_KERNELS: &[OwnKernel] = &OwnKernel::ALL;
+/// Where a scenario runs that asks for cdev or iommufd.
+const IOMMUFD_KERNEL: &[OwnKernel] = &[OwnKernel::Iommufd];
 
 /// QEMU's edu with its DMA mask opened to 64 bits, and an ivshmem-plain with a 256-byte BAR0 and a
 /// BAR2 of real memory.
@@ -50,6 +67,8 @@ const SERIAL: &str = "0000:00:07.2";
 /// ivshmem-plain with a 256-byte BAR0 and a 4 MiB BAR2.
 pub static EDU_AND_IVSHMEM: Shape = Shape {
     name: "edu and ivshmem",
+    iommu: Iommu::Intel,
+    disks: &[],
     objects: &[MEMORY_OF_06],
     devices: &[EDU_05, IVSHMEM_06],
     kernel_options: &[],
@@ -59,6 +78,8 @@ pub static EDU_AND_IVSHMEM: Shape = Shape {
 /// have no ACS: another edu, another ivshmem-plain (1 MiB) and a serial port.
 pub static TWO_EDUS: Shape = Shape {
     name: "two edus and a group of three",
+    iommu: Iommu::Intel,
+    disks: &[],
     objects: &[
         MEMORY_OF_06,
         "memory-backend-memfd,id=other,size=1M,share=on",
@@ -87,6 +108,64 @@ pub static NO_INTERRUPT_REMAPPING: Shape = Shape {
     ..EDU_AND_IVSHMEM
 };
 
+/// [`EDU_AND_IVSHMEM`] behind an IOMMU whose addresses have 39 bits.
+pub static NARROW_IOMMU: Shape = Shape {
+    name: "IOMMU of 39 bits",
+    iommu: Iommu::Intel39Bit,
+    ..EDU_AND_IVSHMEM
+};
+
+/// Of [`ROOT_PORTS`]: the functions behind root ports, each with its reset methods.
+const BEHIND_PORTS: [(&str, &str); 5] = [
+    (NVME, "flr bus"),
+    (IGB, "flr pm bus"),
+    (E1000E, "pm bus"),
+    (FAR_EDU, "bus"),
+    (FAR_IVSHMEM, "bus"),
+];
+/// Of [`ROOT_PORTS`]: an NVMe with a controller memory buffer of 16 MiB and a disk of 16 MiB.
+const NVME: &str = "0000:01:00.0";
+/// Of [`ROOT_PORTS`]: an Intel 82576.
+const IGB: &str = "0000:02:00.0";
+/// Of [`ROOT_PORTS`]: an Intel 82574L.
+const E1000E: &str = "0000:03:00.0";
+/// Of [`ROOT_PORTS`]: another DMA engine.
+const FAR_EDU: &str = "0000:04:00.0";
+/// Of [`ROOT_PORTS`]: another peer with real memory.
+const FAR_IVSHMEM: &str = "0000:05:00.0";
+
+/// [`EDU_AND_IVSHMEM`] and one root port for each of an NVMe (with a controller memory buffer, and
+/// a disk whose words tell their offsets, see [`crate::disk`]), an igb, an e1000e, another edu and
+/// another ivshmem-plain (1 MiB); and one with nothing behind it, `port-d`.
+///
+/// Behind a port a function can be pulled out and reset with its bus. The ports are `port-8` to
+/// `port-d` and sit at `0000:00:08.0` to `0000:00:0d.0`.
+pub static ROOT_PORTS: Shape = Shape {
+    name: "devices behind root ports",
+    iommu: Iommu::Intel,
+    disks: &[Disk {
+        id: Cow::Borrowed("disk0"),
+        mib: 16,
+    }],
+    objects: &[MEMORY_OF_06, "memory-backend-memfd,id=far,size=1M,share=on"],
+    devices: &[
+        EDU_05,
+        IVSHMEM_06,
+        "pcie-root-port,id=port-8,slot=8,chassis=8,addr=08.0",
+        "pcie-root-port,id=port-9,slot=9,chassis=9,addr=09.0",
+        "pcie-root-port,id=port-a,slot=10,chassis=10,addr=0a.0",
+        "pcie-root-port,id=port-b,slot=11,chassis=11,addr=0b.0",
+        "pcie-root-port,id=port-c,slot=12,chassis=12,addr=0c.0",
+        "pcie-root-port,id=port-d,slot=13,chassis=13,addr=0d.0",
+        "nvme,id=nvme,bus=port-8,serial=lab,drive=disk0,cmb_size_mb=16",
+        "igb,id=igb,bus=port-9",
+        "e1000e,id=e1000e,bus=port-a",
+        "edu,id=far-edu,bus=port-b,dma_mask=0xffffffffffffffff",
+        "ivshmem-plain,id=far-ivshmem,bus=port-c,memdev=far",
+    ],
+    kernel_options: &[],
+};
+
 /// All scenarios, in the order in which they are run.
 #[must_use]
 pub fn all() -> Vec<&'static Scenario> {
@@ -94,6 +173,8 @@ pub fn all() -> Vec<&'static Scenario> {
         nested_machine::SCENARIOS,
         peer_to_peer::SCENARIOS,
         contract_suite::SCENARIOS,
+        iommufd_kernel::SCENARIOS,
+        hotplug::SCENARIOS,
         bad_input::SCENARIOS,
         unprivileged::SCENARIOS,
         unsuitable_hosts::SCENARIOS,

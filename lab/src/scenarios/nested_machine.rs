@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::EDU_AND_IVSHMEM;
+use super::{BOTH_KERNELS, EDU_AND_IVSHMEM};
 use crate::channel::Status;
 use crate::dmar::RequesterId;
 use crate::machine::MachineError;
@@ -13,42 +13,49 @@ pub static SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "lab_reports_exit_status",
         shape: &EDU_AND_IVSHMEM,
+        kernels: BOTH_KERNELS,
         sharing: Sharing::Shared,
         run: lab_reports_exit_status,
     },
     Scenario {
         name: "lab_carries_binary_output",
         shape: &EDU_AND_IVSHMEM,
+        kernels: BOTH_KERNELS,
         sharing: Sharing::Shared,
         run: lab_carries_binary_output,
     },
     Scenario {
         name: "devices_are_bound_to_vfio_pci",
         shape: &EDU_AND_IVSHMEM,
+        kernels: BOTH_KERNELS,
         sharing: Sharing::Shared,
         run: devices_are_bound_to_vfio_pci,
     },
     Scenario {
         name: "kvm_is_there_for_a_guest",
         shape: &EDU_AND_IVSHMEM,
+        kernels: BOTH_KERNELS,
         sharing: Sharing::Shared,
         run: kvm_is_there_for_a_guest,
     },
     Scenario {
         name: "blocked_dma_is_witnessed",
         shape: &EDU_AND_IVSHMEM,
+        kernels: BOTH_KERNELS,
         sharing: Sharing::Shared,
         run: blocked_dma_is_witnessed,
     },
     Scenario {
         name: "time_limit_is_an_error",
         shape: &EDU_AND_IVSHMEM,
+        kernels: BOTH_KERNELS,
         sharing: Sharing::Own,
         run: time_limit_is_an_error,
     },
     Scenario {
         name: "machine_death_is_an_error",
         shape: &EDU_AND_IVSHMEM,
+        kernels: BOTH_KERNELS,
         sharing: Sharing::Own,
         run: machine_death_is_an_error,
     },

@@ -6,7 +6,7 @@
 use super::entry_limit;
 use super::footprint::{Footprint, pages_ever_pinned};
 use super::p2p_run::{Control, P2pRun, RAM_PAGES};
-use super::{EDU, IVSHMEM, SECOND_EDU, SECOND_IVSHMEM};
+use super::{BOTH_KERNELS, EDU, IVSHMEM, SECOND_EDU, SECOND_IVSHMEM};
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
 /// What controls there are, as `throughway p2p` names them.
@@ -18,6 +18,7 @@ const EVERY_KIND: [&str; 4] = [RAM_TAKEN_AWAY, DECODING_OFF, BEFORE_THE_MOVE, UN
 
 /// This file's scenarios.
 pub static SCENARIOS: &[Scenario] = shared_scenarios![
+    on BOTH_KERNELS;
     EDU_AND_IVSHMEM:
         edu_reaches_ivshmem_and_the_data_match,
         bar_smaller_than_a_page_is_told_and_does_not_count,

@@ -2,13 +2,15 @@
 //! are asked again.
 
 use super::footprint::{self, Footprint};
+use super::kernel_log;
 use super::nested_machine::edu_reads;
 use super::p2p_run::{P2pRun, RAM_PAGES, p2p};
-use super::{EDU, IVSHMEM};
+use super::{BOTH_KERNELS, EDU, IVSHMEM};
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
 /// This file's scenarios: the last ones on their machine, so that the kernel's log tells of all.
 pub static SCENARIOS: &[Scenario] = shared_scenarios![
+    on BOTH_KERNELS;
     EDU_AND_IVSHMEM:
         ended_run_leaves_nothing,
         killed_run_leaves_nothing,
@@ -68,26 +70,8 @@ fn killed_run_leaves_nothing(bench: &mut Bench) -> Result<(), ScenarioError> {
     })
 }
 
-/// What the kernel says when something is wrong with itself.
-const COMPLAINTS: [&str; 8] = [
-    "cut here",
-    "WARNING: CPU",
-    "BUG:",
-    "Oops",
-    "Call Trace",
-    "refcount_t",
-    "general protection fault",
-    "blocked for more than",
-];
-
 fn kernel_has_not_complained(bench: &mut Bench) -> Result<(), ScenarioError> {
-    let log = bench.run_ok(&["dmesg"])?;
-    let complaints: Vec<&str> = log
-        .lines()
-        .filter(|line| COMPLAINTS.iter().any(|word| line.contains(word)))
-        .collect();
-    ensure(complaints.is_empty(), || complaints.join("\n"))?;
-    // The log is the one of this boot, and not emptied since.
+    let log = kernel_log::ensure_clean(bench)?;
     ensure(log.contains("DMAR"), || {
         format!("no log of DMA faults: {log}")
     })
