@@ -4,7 +4,8 @@ use assigned_pci::BarIndex;
 use memory_map::IovaRange;
 
 use crate::gate::COMMAND_MEMORY;
-use crate::nvme::{self, NvmeSpec};
+use crate::nvme;
+use crate::nvme_spec::NvmeSpec;
 use crate::page::PAGE;
 use crate::reset::ResetMethod;
 use crate::{GroupId, NvmeFlaw, SimDisk};

@@ -12,13 +12,12 @@ use std::sync::{Arc, Weak};
 use memory_map::Iova;
 use parking_lot::Mutex;
 
-use crate::OutOfBounds;
 use crate::gate::Gate;
 use crate::host::HostInner;
 use crate::log::BusErrorCause;
+use crate::nvme_spec::{NvmeFlaw, NvmeSpec};
 use crate::page::PAGE;
 use crate::physical::Registers;
-use crate::sparse::SparseMemory;
 
 /// Size of the registers' BAR.
 pub(crate) const BAR_SIZE: u64 = 0x4000;
@@ -43,78 +42,6 @@ const LBA_OUT_OF_RANGE: u16 = 0x80;
 /// Specific to the command.
 const INVALID_QUEUE_IDENTIFIER: u16 = 0x101;
 const INVALID_QUEUE_SIZE: u16 = 0x102;
-
-/// A disk in memory; clones are handles on the same one. It reads as zeroes until written.
-#[derive(Debug, Clone)]
-pub struct SimDisk {
-    memory: Arc<SparseMemory>,
-    /// The block size as a power of two.
-    shift: u8,
-    blocks: u64,
-}
-
-impl SimDisk {
-    /// A disk of `blocks` blocks of 512 bytes.
-    #[must_use]
-    pub fn new(blocks: u64) -> Self {
-        Self::with_block_shift(blocks, 9)
-    }
-
-    /// A disk of `blocks` blocks of 2^`shift` bytes; what does not fit 64 bits is left out.
-    #[must_use]
-    pub fn with_block_shift(blocks: u64, shift: u8) -> Self {
-        let block = 1_u64.checked_shl(shift.into()).unwrap_or(0);
-        Self {
-            memory: Arc::new(SparseMemory::new(blocks.saturating_mul(block))),
-            shift,
-            blocks,
-        }
-    }
-
-    /// Reads at an offset in bytes, as somebody who has the disk's file open.
-    ///
-    /// # Errors
-    /// Where the bytes do not all lie on the disk.
-    pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), OutOfBounds> {
-        self.memory.read(offset, data)
-    }
-
-    /// Writes at an offset in bytes, likewise.
-    ///
-    /// # Errors
-    /// Where the bytes do not all lie on the disk.
-    pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), OutOfBounds> {
-        self.memory.write(offset, data)
-    }
-}
-
-/// What is wrong with a controller.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NvmeFlaw {
-    /// It never becomes ready when it is enabled.
-    NeverReady,
-    /// It fails when it is enabled (CSTS.CFS).
-    FailsWhenEnabled,
-    /// It never stops when it is disabled.
-    NeverStops,
-    /// It takes I/O commands and completes none.
-    Silent,
-    /// Its completions name another command than the one that was given.
-    WrongIdentifier,
-    /// It tells nonsense of itself: everything that Identify gives is all ones.
-    NonsenseIdentity,
-    /// Its memory buffer is said to be in a BAR that it does not have.
-    NonsenseBuffer,
-}
-
-/// What kind of controller.
-#[derive(Debug, Clone)]
-pub(crate) struct NvmeSpec {
-    pub disk: SimDisk,
-    pub flaw: Option<NvmeFlaw>,
-    /// In bytes; zero for none.
-    pub buffer: u64,
-}
 
 /// One queue pair; no entries where there is none.
 #[derive(Debug, Clone, Copy, Default)]

@@ -27,6 +27,7 @@ pub mod contract_suite;
 pub mod hotplug;
 pub mod iommufd_kernel;
 pub mod nested_machine;
+pub mod nvme;
 pub mod peer_to_peer;
 pub mod process_end;
 pub mod unprivileged;
@@ -175,6 +176,7 @@ pub fn all() -> Vec<&'static Scenario> {
         contract_suite::SCENARIOS,
         iommufd_kernel::SCENARIOS,
         hotplug::SCENARIOS,
+        nvme::SCENARIOS,
         bad_input::SCENARIOS,
         unprivileged::SCENARIOS,
         unsuitable_hosts::SCENARIOS,
