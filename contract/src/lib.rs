@@ -14,6 +14,7 @@ mod limit_cases;
 mod locked_limit;
 mod map_cases;
 mod model;
+pub mod nvme;
 mod random_cases;
 mod real;
 mod report;

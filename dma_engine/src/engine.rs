@@ -7,18 +7,20 @@ use std::time::Duration;
 use assigned_pci::HostFunction;
 use memory_map::{Iova, IovaRange, RangeError};
 
-use crate::Edu;
+use crate::{Edu, NvmeError};
 
 /// A DMA engine with a buffer of its own.
 ///
-/// It cannot tell whether the IOMMU let an access through: a blocked write goes nowhere, and a
-/// blocked read leaves something else in the buffer, on most machines zeroes or all ones. Whoever
-/// wants to know compares the bytes.
+/// It need not be able to tell whether the IOMMU let an access through: a blocked write goes
+/// nowhere, and a blocked read leaves something else in the buffer, on most machines zeroes or all
+/// ones. Whoever wants to know compares the bytes; an engine that does tell says so by an error that
+/// [`is_of_the_bus`](EngineError::is_of_the_bus).
 pub trait DmaEngine: Send {
     /// For people: what kind of engine it is, and of which function.
     fn name(&self) -> String;
 
-    /// How many bytes one transfer can move at the most: the size of the engine's buffer.
+    /// How many bytes one transfer can move at the most: the size of the engine's buffer. An
+    /// engine that moves whole blocks only takes any multiple of a block up to that.
     fn max_transfer(&self) -> u64;
 
     /// The highest bus address that it can be given.
@@ -43,22 +45,42 @@ pub trait DmaEngine: Send {
     /// # Errors
     /// See [`EngineError`]; a part may have been copied by then.
     fn copy(&mut self, from: Iova, to: Iova, len: u64) -> Result<(), EngineError> {
-        let most = self.max_transfer().max(1);
-        let mut done = 0;
-        while done < len {
-            let piece = most.min(len.saturating_sub(done));
-            let beyond = |start: Iova| EngineError::Range {
-                source: RangeError::Wraps {
-                    start: start.raw(),
-                    size: len,
-                },
-            };
-            self.load(from.checked_add(done).ok_or_else(|| beyond(from))?, piece)?;
-            self.store(to.checked_add(done).ok_or_else(|| beyond(to))?, piece)?;
-            done = done.saturating_add(piece);
-        }
+        copy_in_pieces(self, from, to, len)
+    }
+
+    /// Puts back what transfers have changed beside the bus, such as blocks of a disk. It wants to
+    /// be called while what the engine was lent is still mapped; afterwards the buffer's contents
+    /// are undefined, and the next transfer begins anew.
+    ///
+    /// # Errors
+    /// See [`EngineError`]; it can then be tried again.
+    fn finish(&mut self) -> Result<(), EngineError> {
         Ok(())
     }
+}
+
+/// Copies in pieces of as much as one transfer can move.
+pub(crate) fn copy_in_pieces<E: DmaEngine + ?Sized>(
+    engine: &mut E,
+    from: Iova,
+    to: Iova,
+    len: u64,
+) -> Result<(), EngineError> {
+    let most = engine.max_transfer().max(1);
+    let mut done = 0;
+    while done < len {
+        let piece = most.min(len.saturating_sub(done));
+        let beyond = |start: Iova| EngineError::Range {
+            source: RangeError::Wraps {
+                start: start.raw(),
+                size: len,
+            },
+        };
+        engine.load(from.checked_add(done).ok_or_else(|| beyond(from))?, piece)?;
+        engine.store(to.checked_add(done).ok_or_else(|| beyond(to))?, piece)?;
+        done = done.saturating_add(piece);
+    }
+    Ok(())
 }
 
 /// Why a DMA engine did not do what it was asked.
@@ -130,6 +152,9 @@ pub enum EngineError {
         /// The highest that it can be given.
         last: Iova,
     },
+    /// An NVMe controller did not do it.
+    #[error(transparent)]
+    Nvme(#[from] NvmeError),
     /// The bus addresses wrap past the end of the address space.
     #[error("no such bus addresses")]
     Range {
@@ -139,8 +164,27 @@ pub enum EngineError {
     },
 }
 
-/// The engine of a function, if there is a driver for it. It goes by vendor and device id; a
-/// function whose config space cannot be read has none.
+impl EngineError {
+    /// Whether this is how an engine tells that it could not access the bus: a transfer that it
+    /// ended with an error of that kind, or queues in memory that it does not reach, so that it
+    /// fails or falls silent.
+    #[must_use]
+    pub fn is_of_the_bus(&self) -> bool {
+        match self {
+            Self::Nvme(NvmeError::Status { status, .. }) => status.is_data_transfer_error(),
+            Self::Nvme(error) => matches!(
+                error,
+                NvmeError::Fatal { .. } | NvmeError::Timeout { .. } | NvmeError::NotReady { .. }
+            ),
+            _ => false,
+        }
+    }
+}
+
+/// The engine of a function, if there is a driver for one that needs nothing but the function. It
+/// goes by vendor and device id; a function whose config space cannot be read has none. An
+/// [`NvmeEngine`](crate::NvmeEngine) needs memory, and blocks that it may overwrite: it is only
+/// made by name.
 #[must_use]
 pub fn find_engine(function: &Arc<dyn HostFunction>) -> Option<Box<dyn DmaEngine>> {
     let mut id = [0; 4];

@@ -15,6 +15,8 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -348,6 +350,23 @@ impl Machine {
     /// When the log cannot be read.
     pub fn console(&self) -> Result<String, MachineError> {
         read_from(&self.directory.console(), 0)
+    }
+
+    /// The bytes of a disk's file, as the host sees them: what a device has written and completed
+    /// is there.
+    ///
+    /// # Errors
+    /// When there is no such disk, or it is not that long.
+    pub fn read_disk(&self, id: &str, range: Range<u64>) -> Result<Vec<u8>, MachineError> {
+        let path = self.directory.disk(id);
+        let size = range.end.saturating_sub(range.start);
+        let read = |file: File| {
+            let mut data = vec![0; usize::try_from(size).map_err(io::Error::other)?];
+            file.read_exact_at(&mut data, range.start)?;
+            Ok(data)
+        };
+        let read = File::open(&path).and_then(read);
+        read.map_err(|source| MachineError::Logs { path, source })
     }
 
     /// This moment's place in QEMU's trace. QEMU writes a line before the device sees its DMA

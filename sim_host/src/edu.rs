@@ -130,8 +130,13 @@ impl Edu {
                         bytes.fill(0xff);
                     }
                 }
-                Some(bytes) if to_bus => host.dma_write(&self.function, bus, bytes),
-                Some(bytes) => host.dma_read(&self.function, bus, bytes),
+                // It does not notice whether anybody answers.
+                Some(bytes) if to_bus => {
+                    host.dma_write(&self.function, bus, bytes);
+                }
+                Some(bytes) => {
+                    host.dma_read(&self.function, bus, bytes);
+                }
             }
         }
         let mut state = self.state.lock();

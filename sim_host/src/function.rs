@@ -18,6 +18,7 @@ use crate::function_spec::{BarSpec, Model};
 use crate::gate::Gate;
 use crate::host::State;
 use crate::log::BusErrorCause;
+use crate::nvme::Nvme;
 use crate::page::PAGE;
 use crate::physical::{BarOwner, PhysicalObject, Storage};
 use crate::reset::ResetMethod;
@@ -78,12 +79,22 @@ impl SimFunction {
                     .place_bar(bar.size, bar.kind.is_wide())
                     .ok_or_else(|| io::Error::from_raw_os_error(ENOSPC))?
             };
-            let storage = match spec.model {
-                Model::Edu if index.get() == 0 => Storage::Registers(Arc::new(Edu::new(
+            let who = || {
+                (
                     Arc::downgrade(&host.0),
                     Arc::clone(&name),
                     Arc::clone(&gate),
-                ))),
+                )
+            };
+            let storage = match &spec.model {
+                Model::Edu if index.get() == 0 => {
+                    let (host, name, gate) = who();
+                    Storage::Registers(Arc::new(Edu::new(host, name, gate)))
+                }
+                Model::Nvme(nvme) if index.get() == 0 => {
+                    let (host, name, gate) = who();
+                    Storage::Registers(Arc::new(Nvme::new(nvme.clone(), host, name, gate)))
+                }
                 _ => Storage::Memory(SparseMemory::new(bar.size)),
             };
             let object = Arc::new(PhysicalObject {

@@ -3,10 +3,12 @@
 use assigned_pci::BarIndex;
 use memory_map::IovaRange;
 
-use crate::GroupId;
 use crate::gate::COMMAND_MEMORY;
+use crate::nvme;
+use crate::nvme_spec::NvmeSpec;
 use crate::page::PAGE;
 use crate::reset::ResetMethod;
+use crate::{GroupId, NvmeFlaw, SimDisk};
 
 /// What a BAR's type bits say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,12 +77,14 @@ impl BarSpec {
 }
 
 /// What stands behind BAR0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) enum Model {
     /// Memory, as behind every other BAR.
     Memory,
     /// QEMU's edu.
     Edu,
+    /// An NVMe controller.
+    Nvme(NvmeSpec),
 }
 
 /// Whether a function keeps its registers on the way from D3hot to D0.
@@ -167,6 +171,46 @@ impl FunctionSpec {
             );
         spec.class = 0x05_0000;
         spec
+    }
+
+    /// An NVMe controller with this disk as its first namespace, modelled on QEMU's: BAR0 is 16
+    /// KiB of registers, 64-bit and not prefetchable.
+    #[must_use]
+    pub fn nvme(name: impl Into<String>, disk: SimDisk) -> Self {
+        let mut spec = Self::new(name, 0x1b36, 0x0010).with_bar(
+            BarIndex::ALL[0],
+            BarSpec::new(BarKind::Memory64, nvme::BAR_SIZE),
+        );
+        spec.class = 0x01_0802;
+        spec.model = Model::Nvme(NvmeSpec {
+            disk,
+            flaw: None,
+            buffer: 0,
+        });
+        spec
+    }
+
+    /// A controller memory buffer of `size` bytes, a multiple of 4 KiB: all of BAR2. It does
+    /// nothing to a function that is no NVMe controller.
+    #[must_use]
+    pub fn with_controller_memory_buffer(mut self, size: u64) -> Self {
+        if let Model::Nvme(nvme) = &mut self.model {
+            nvme.buffer = size;
+            return self.with_bar(
+                BarIndex::ALL[2],
+                BarSpec::new(BarKind::Memory64Prefetchable, size),
+            );
+        }
+        self
+    }
+
+    /// Bad input: an NVMe controller with something wrong.
+    #[must_use]
+    pub fn with_nvme_flaw(mut self, flaw: NvmeFlaw) -> Self {
+        if let Model::Nvme(nvme) = &mut self.model {
+            nvme.flaw = Some(flaw);
+        }
+        self
     }
 
     /// A BAR, instead of the one that was there.

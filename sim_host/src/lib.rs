@@ -8,7 +8,7 @@
 //!
 //! ```text
 //!   SimFunction --- DMA at an IOVA ---> its group's SimContainer --- page by page ---> SimRam,
-//!    (edu)                               or SimIoas, or a Fault                        or a BAR,
+//!    (edu, NVMe)                         or SimIoas, or a Fault                        or a BAR,
 //!                                                                                      or a BusError
 //! ```
 //!
@@ -53,6 +53,8 @@ mod io_page_table;
 mod ioas_state;
 mod iommufd;
 mod log;
+mod nvme;
+mod nvme_spec;
 mod page;
 mod physical;
 mod ram;
@@ -69,6 +71,7 @@ pub use function_spec::{BarKind, BarSpec, FunctionSpec, PowerManagement};
 pub use host::{HostSpec, SimHost, SimMapping};
 pub use iommufd::{SimIoas, SimIoasMapping, SimIommufd};
 pub use log::{BusError, BusErrorCause, Fault, FaultCause, Violation};
+pub use nvme_spec::{NvmeFlaw, SimDisk};
 pub use ram::SimRam;
 pub use reset::SimBus;
 pub use revocations::{Revocation, RevocationCause};

@@ -165,8 +165,9 @@ impl HostInner {
         Still(state)
     }
 
-    /// A DMA read by `function`; what faults reads as all ones.
-    pub fn dma_read(&self, function: &Arc<str>, iova: Iova, data: &mut [u8]) {
+    /// A DMA read by `function`; what faults reads as all ones. Whether all of it was answered.
+    pub fn dma_read(&self, function: &Arc<str>, iova: Iova, data: &mut [u8]) -> bool {
+        let mut answered = true;
         for piece in pieces(iova.raw(), data.len()) {
             let Some(into) = data
                 .get_mut(piece.at..)
@@ -180,14 +181,17 @@ impl HostInner {
                 Ok((object, offset)) => object.read(offset, into),
                 Err(lost) => {
                     into.fill(0xff);
+                    answered = false;
                     self.lose(function, at, false, lost);
                 }
             }
         }
+        answered
     }
 
-    /// A DMA write by `function`; what faults goes nowhere.
-    pub fn dma_write(&self, function: &Arc<str>, iova: Iova, data: &[u8]) {
+    /// A DMA write by `function`; what faults goes nowhere. Whether all of it was answered.
+    pub fn dma_write(&self, function: &Arc<str>, iova: Iova, data: &[u8]) -> bool {
+        let mut answered = true;
         for piece in pieces(iova.raw(), data.len()) {
             let Some(from) = data.get(piece.at..).and_then(|rest| rest.get(..piece.len)) else {
                 continue;
@@ -196,9 +200,13 @@ impl HostInner {
             let state = self.hold_still();
             match state.reach(function, at, true) {
                 Ok((object, offset)) => object.write(offset, from),
-                Err(lost) => self.lose(function, at, true, lost),
+                Err(lost) => {
+                    answered = false;
+                    self.lose(function, at, true, lost);
+                }
             }
         }
+        answered
     }
 
     /// Records an access that nobody answered.

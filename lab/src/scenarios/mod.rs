@@ -29,6 +29,7 @@ pub mod iommufd_bad_input;
 pub mod iommufd_contract;
 pub mod iommufd_kernel;
 pub mod nested_machine;
+pub mod nvme;
 pub mod p2p_iommufd;
 pub mod p2p_policy;
 pub mod peer_to_peer;
@@ -209,6 +210,7 @@ pub fn all() -> Vec<&'static Scenario> {
         iommufd_kernel::SCENARIOS,
         iommufd_contract::SCENARIOS,
         hotplug::SCENARIOS,
+        nvme::SCENARIOS,
         bad_input::SCENARIOS,
         iommufd_bad_input::SCENARIOS,
         iommufd_bad_input::ON_THE_STOCK_KERNEL,
