@@ -89,10 +89,7 @@ impl<I: IoAddressSpace + ?Sized> IoasTarget<I> {
     /// # Errors
     /// [`InvalidLargestMapping`] unless it is a power of two of at least [`GRANULE`].
     pub fn with_largest_mapping(mut self, bytes: u64) -> Result<Self, InvalidLargestMapping> {
-        if !bytes.is_power_of_two() || bytes < GRANULE {
-            return Err(InvalidLargestMapping { bytes });
-        }
-        self.largest_mapping = bytes;
+        self.largest_mapping = InvalidLargestMapping::check(bytes)?;
         Ok(self)
     }
 

@@ -40,6 +40,17 @@ pub struct InvalidLargestMapping {
     pub bytes: u64,
 }
 
+impl InvalidLargestMapping {
+    /// `bytes`, if a target can have that as its largest mapping.
+    pub(crate) fn check(bytes: u64) -> Result<u64, Self> {
+        if bytes.is_power_of_two() && bytes >= GRANULE {
+            Ok(bytes)
+        } else {
+            Err(Self { bytes })
+        }
+    }
+}
+
 impl<C: Type1Container> Type1Target<C> {
     /// The largest mapping unless another is set: 1 GiB. Longer pieces of the map are mapped in
     /// several calls, between which progress is reported and work can be cancelled.
@@ -69,10 +80,7 @@ impl<C: Type1Container> Type1Target<C> {
     /// # Errors
     /// [`InvalidLargestMapping`] unless it is a power of two of at least [`GRANULE`].
     pub fn with_largest_mapping(mut self, bytes: u64) -> Result<Self, InvalidLargestMapping> {
-        if !bytes.is_power_of_two() || bytes < GRANULE {
-            return Err(InvalidLargestMapping { bytes });
-        }
-        self.largest_mapping = bytes;
+        self.largest_mapping = InvalidLargestMapping::check(bytes)?;
         Ok(self)
     }
 
