@@ -34,4 +34,6 @@
 //!    address width. The firmware tables, the kernel's memory map and the windows come from one
 //!    layout.
 
+pub mod kvm;
+pub mod pci;
 pub mod platform;
