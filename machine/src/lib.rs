@@ -34,6 +34,16 @@
 //!    address width. The firmware tables, the kernel's memory map and the windows come from one
 //!    layout.
 
+mod board;
+mod chipset;
+mod function;
+mod hardware;
 pub mod kvm;
+mod notices;
 pub mod pci;
 pub mod platform;
+
+pub use board::{Access, Board};
+pub use chipset::{Chipset, Line, Request};
+pub use hardware::{Hardware, HardwareError, RamPiece};
+pub use notices::Notices;

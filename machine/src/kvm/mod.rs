@@ -18,5 +18,5 @@ pub use assigned_files::AssignedFiles;
 pub use hypervisor::{Hypervisor, HypervisorError};
 pub use interrupts::{InterruptLine, Interrupts};
 pub use memory_slots::MemorySlots;
-pub use processor::{Access, Board, Processor, Stop};
+pub use processor::{Processor, Stop};
 pub use vm::{KvmError, Vm};

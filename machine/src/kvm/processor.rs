@@ -12,6 +12,7 @@ use memory_map::Gpa;
 
 use super::processor_state::{ProcessorState, write_msrs};
 use super::{KvmError, Vm, cpuid};
+use crate::{Access, Board};
 
 /// The default memory type and whether there are any (Intel's manual, volume 3, 12.11.2.1).
 const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
@@ -20,29 +21,6 @@ const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 /// Where the local vector table's two pins are in the local APIC's page, and what firmware sets
 /// them to: interrupts of the old controller, and NMI.
 const LOCAL_PINS: [(usize, u32); 2] = [(0x350, 7 << 8), (0x360, 4 << 8)];
-
-/// An access of a processor that KVM did not carry out.
-#[derive(Debug)]
-pub enum Access<'a> {
-    /// A read; what is there is to be filled in.
-    Read(&'a mut [u8]),
-    /// A write of these bytes.
-    Write(&'a [u8]),
-}
-
-/// What lies around the processors: ports, config space, trapped memory. Called by all processors
-/// at once. An access has 1, 2, 4 or 8 bytes, at ports 1, 2 or 4.
-pub trait Board: Sync {
-    /// The guest accesses a port.
-    fn port(&self, port: u16, access: Access<'_>);
-
-    /// The guest accesses an address that has no memory slot.
-    fn memory(&self, gpa: Gpa, access: Access<'_>);
-
-    /// KVM could not get at the memory behind a slot (`EFAULT`): at this address, if it can tell. Whether
-    /// it is worth trying again.
-    fn memory_fault(&self, gpa: Option<Gpa>) -> bool;
-}
 
 /// Why a processor does not run on.
 #[derive(Debug)]
