@@ -34,4 +34,5 @@
 //!    address width. The firmware tables, the kernel's memory map and the windows come from one
 //!    layout.
 
+pub mod layout;
 pub mod platform;
