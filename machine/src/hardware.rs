@@ -13,9 +13,9 @@
 //! Where nobody is, reads give all ones and writes do nothing.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use assigned_pci::{AssignedFunction, BarIndex};
@@ -27,6 +27,7 @@ use memory_map::{
 
 use crate::chipset::{Chipset, Request};
 use crate::function::Guests;
+use crate::layout::RamPiece;
 use crate::pci::{ConfigAddress, NoRoom, Place, Root};
 use crate::platform::{ECAM, ECAM_SIZE, IO_APIC, KVM_PAGES, LOCAL_APIC};
 use crate::{Access, Board, Notices};
@@ -42,15 +43,6 @@ const BETWEEN_FAULTS: Duration = Duration::from_millis(1);
 /// After how many of them in a row it is looked for a device that does not answer.
 const PATIENCE: u32 = 3;
 
-/// A piece of the guest's RAM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RamPiece {
-    /// Where the guest sees it.
-    pub range: GpaRange,
-    /// Where in the RAM's object it begins, in bytes.
-    pub offset: u64,
-}
-
 /// Why the hardware cannot be put together.
 #[derive(Debug, thiserror::Error)]
 pub enum HardwareError {
@@ -65,8 +57,10 @@ pub enum HardwareError {
     NoRoom(#[from] NoRoom),
 }
 
+/// Is told what the guest asks of the machine as a whole.
+pub type Asked = Box<dyn Fn(Request) + Send + Sync>;
+
 /// The machine without its processors. It is shared by the processors' threads.
-#[derive(Debug)]
 pub struct Hardware {
     map: RegionManager,
     root: Root,
@@ -79,14 +73,14 @@ pub struct Hardware {
     /// Where in `ram` each region of RAM begins.
     ram_offsets: BTreeMap<RegionId, u64>,
     ecam: RegionId,
-    requests: Sender<Request>,
+    asked: Asked,
     notices: Arc<Notices>,
     faults: AtomicU32,
 }
 
 impl Hardware {
     /// Lays RAM and the platform out in the map, and puts the functions on the bus. What the guest
-    /// asks of the machine as a whole goes to `requests`.
+    /// asks of the machine as a whole goes to `asked`, in the thread of a processor.
     ///
     /// # Errors
     /// [`HardwareError`]; the regions that were added stay in the map.
@@ -96,7 +90,7 @@ impl Hardware {
         pieces: &[RamPiece],
         functions: Vec<Arc<AssignedFunction>>,
         chipset: Chipset,
-        requests: Sender<Request>,
+        asked: Asked,
         notices: Arc<Notices>,
     ) -> Result<Self, HardwareError> {
         let mut change = map.change();
@@ -157,7 +151,7 @@ impl Hardware {
             ram,
             ram_offsets,
             ecam,
-            requests,
+            asked,
             notices,
             faults: AtomicU32::new(0),
         })
@@ -231,8 +225,7 @@ impl Hardware {
 impl Board for Hardware {
     fn port(&self, port: u16, access: Access<'_>) {
         if let Some(request) = self.chipset.port(port, access, &self.root) {
-            // Nobody listens when the machine ends already.
-            let _unheard = self.requests.send(request);
+            (self.asked)(request);
         }
     }
 
@@ -281,6 +274,16 @@ impl Board for Hardware {
             std::thread::sleep(BETWEEN_FAULTS);
         }
         faults < MOST_FAULTS
+    }
+}
+
+impl fmt::Debug for Hardware {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hardware")
+            .field("root", &self.root)
+            .field("chipset", &self.chipset)
+            .field("functions", &self.functions)
+            .finish_non_exhaustive()
     }
 }
 

@@ -39,11 +39,12 @@ mod chipset;
 mod function;
 mod hardware;
 pub mod kvm;
+pub mod layout;
 mod notices;
 pub mod pci;
 pub mod platform;
 
 pub use board::{Access, Board};
 pub use chipset::{Chipset, Line, Request};
-pub use hardware::{Hardware, HardwareError, RamPiece};
+pub use hardware::{Asked, Hardware, HardwareError};
 pub use notices::Notices;
