@@ -8,6 +8,7 @@ mod host;
 mod policy;
 mod report;
 mod revocation;
+mod scratch;
 mod spot;
 mod windows;
 mod witness;
@@ -22,6 +23,7 @@ use self::assembly::Assembly;
 use self::choice::{Choice, Iommu};
 use self::policy::{P2pChoice, Policy};
 use self::report::P2pReport;
+use self::scratch::NvmeScratch;
 
 /// Tell which of this host's devices can reach each other's BARs, or why not
 ///
@@ -62,9 +64,19 @@ pub struct P2pArgs {
     /// another edu), and what was in the BAR is put back afterwards; then the BAR is moved, and all of that is done again. As a
     /// control, the engine is also pointed at addresses that are not mapped any more: of RAM that
     /// was taken away, of a peer that does not decode, sleeps or was reset (if it can), of a BAR
-    /// that was moved. There is a driver for QEMU's edu.
+    /// that was moved. There is a driver for QEMU's edu, and one for NVMe controllers, see
+    /// --nvme-scratch.
     #[arg(long)]
     pub exercise: bool,
+    /// Blocks of an NVMe controller's disk that may be overwritten, so that it serves as a DMA engine
+    ///
+    /// What an NVMe controller moves from one place of the bus to another goes by way of its disk.
+    /// These blocks of its first namespace are lent for that; END is the first that is not. They are
+    /// read before they are first overwritten, and written back at the end, but NOT if the program is
+    /// killed, or the controller fails, in between. Nothing is ever written to any other block, nor
+    /// to a disk of which no blocks are lent. May be repeated, once for each controller.
+    #[arg(long, value_name = "BDF:FIRST..END", requires = "exercise")]
+    pub nvme_scratch: Vec<NvmeScratch>,
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -80,7 +92,9 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
         bail!("a function is named twice: name each once");
     }
     let policy = Policy::new(&args.p2p, &args.functions)?;
-    let (parts, choice) = host::open(&args.functions, args.iommu, &policy, args.memory << 20)?;
+    scratch::check(&args.nvme_scratch, &args.functions)?;
+    let (mut parts, choice) = host::open(&args.functions, args.iommu, &policy, args.memory << 20)?;
+    parts.scratch.clone_from(&args.nvme_scratch);
     let mut assembly = Assembly::new(parts)?;
     let witness: Option<&mut witness::Source<'_>> = if args.exercise {
         Some(&mut witness::kernel_log)

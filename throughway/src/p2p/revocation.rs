@@ -78,7 +78,10 @@ fn one(
     event: Event,
     witness: &mut Source<'_>,
 ) -> Result<Control> {
-    let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
+    let peer = assembly.members.get_mut(pair.to_member);
+    let peer = peer.context("a function is gone")?;
+    // It may be an engine itself.
+    peer.rest()?;
     let bar = peer.bar(pair.index).context("a BAR is gone")?;
     let offset = offset_in(&bar);
     let at = Gpa::new(bar.range()?.start().raw().saturating_add(offset));

@@ -19,6 +19,7 @@ use super::choice::{Choice, Kind};
 use super::examine;
 use super::policy::Policy;
 use super::report::{Exercised, Observed, P2pReport};
+use super::scratch::NvmeScratch;
 use super::witness::Evidence;
 
 const EDU: &str = "0000:00:05.0";
@@ -43,6 +44,8 @@ fn ioas(ioas: SimIoas, copies: RamCopies) -> Box<dyn DmaTarget> {
     // SAFETY: the address space is simulated and follows no address.
     Box::new(unsafe { IoasTarget::new(Arc::new(ioas), copies) })
 }
+
+mod nvme;
 
 /// An edu, shared memory that can sleep and be reset, another edu.
 fn three_functions(host: &SimHost) -> Vec<Arc<SimFunction>> {
@@ -113,7 +116,15 @@ fn policy(choices: &[&str]) -> Policy {
     Policy::new(&choices, &[EDU, PEER, OTHER].map(bdf)).unwrap()
 }
 
-fn assemble(host: &SimHost, (spaces, functions): (Vec<Space>, Vec<PartFunction>)) -> Assembly {
+fn assemble(host: &SimHost, parts: (Vec<Space>, Vec<PartFunction>)) -> Assembly {
+    assemble_with(host, parts, Vec::new())
+}
+
+fn assemble_with(
+    host: &SimHost,
+    (spaces, functions): (Vec<Space>, Vec<PartFunction>),
+    scratch: Vec<NvmeScratch>,
+) -> Assembly {
     let bypasses = BTreeMap::from([((0, 1), "a port without ACS".to_owned())]);
     Assembly::new(Parts {
         spaces,
@@ -121,6 +132,7 @@ fn assemble(host: &SimHost, (spaces, functions): (Vec<Space>, Vec<PartFunction>)
         bypasses,
         ram: Backing::new(host.ram(16 << 20).unwrap()),
         page: Backing::new(host.ram(0x1000).unwrap()),
+        scratch,
     })
     .unwrap()
 }

@@ -46,6 +46,7 @@ pub fn open(
             c"throughway-control",
             GRANULE.max(host_memory::page_size()),
         )?),
+        scratch: Vec::new(),
     };
     Ok((parts, choice))
 }
