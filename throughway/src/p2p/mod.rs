@@ -1,6 +1,7 @@
 //! `throughway p2p`: who reaches whom on a real host.
 
 mod assembly;
+mod bus;
 mod choice;
 mod control;
 mod exercise;
@@ -63,9 +64,9 @@ pub struct P2pArgs {
     /// A pattern goes from RAM into each peer's prefetchable BARs and back (and into a register of
     /// another edu), and what was in the BAR is put back afterwards; then the BAR is moved, and all of that is done again. As a
     /// control, the engine is also pointed at addresses that are not mapped any more: of RAM that
-    /// was taken away, of a peer that does not decode, sleeps or was reset (if it can), of a BAR
-    /// that was moved. There is a driver for QEMU's edu, and one for NVMe controllers, see
-    /// --nvme-scratch.
+    /// was taken away, of a peer that does not decode, sleeps or was reset (if it can; by itself, with
+    /// its decoding on or off, and with all of its bus), of a BAR that was moved. There is a driver
+    /// for QEMU's edu, and one for NVMe controllers, see --nvme-scratch.
     #[arg(long)]
     pub exercise: bool,
     /// Blocks of an NVMe controller's disk that may be overwritten, so that it serves as a DMA engine

@@ -1,5 +1,6 @@
 //! Opening real devices through VFIO.
 
+mod hot_reset;
 mod iommufd;
 mod type1;
 
@@ -13,6 +14,7 @@ use memory_map::{Backing, Filter, GRANULE};
 use vfio_sys::{Bdf, CdevError, Device, Sysfs};
 
 use super::assembly::{PartFunction, Parts, Space};
+use super::bus::Bus;
 use super::choice::{Choice, Iommu, Ways, choose};
 use super::policy::Policy;
 
@@ -40,6 +42,7 @@ pub fn open(
     let parts = Parts {
         spaces: opened.spaces,
         functions: opened.functions,
+        buses: opened.buses,
         bypasses: bypasses(&sysfs, functions)?,
         ram: Backing::new(Ram::memfd(c"throughway-ram", memory)?),
         page: Backing::new(Ram::memfd(
@@ -55,6 +58,7 @@ pub fn open(
 struct Opened {
     spaces: Vec<Space>,
     functions: Vec<PartFunction>,
+    buses: Vec<Bus>,
 }
 
 struct Host<'h> {
