@@ -18,9 +18,11 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use host_memory::Ram;
+use memory_map::{Backing, GRANULE};
 use vfio_sys::Bdf;
 
-use self::assembly::Assembly;
+use self::assembly::{Assembly, Parts};
 use self::choice::{Choice, Iommu};
 use self::policy::{P2pChoice, Policy};
 use self::report::P2pReport;
@@ -94,9 +96,17 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
     }
     let policy = Policy::new(&args.p2p, &args.functions)?;
     scratch::check(&args.nvme_scratch, &args.functions)?;
-    let (mut parts, choice) = host::open(&args.functions, args.iommu, &policy, args.memory << 20)?;
-    parts.scratch.clone_from(&args.nvme_scratch);
-    let mut assembly = Assembly::new(parts)?;
+    let (opened, bypasses, choice) = host::open(&args.functions, args.iommu, &policy, None)?;
+    let page = GRANULE.max(host_memory::page_size());
+    let mut assembly = Assembly::new(Parts {
+        spaces: opened.spaces,
+        functions: opened.functions,
+        buses: opened.buses,
+        bypasses,
+        ram: Backing::new(Ram::memfd(c"throughway-ram", args.memory << 20)?),
+        page: Backing::new(Ram::memfd(c"throughway-control", page)?),
+        scratch: args.nvme_scratch.clone(),
+    })?;
     let witness: Option<&mut witness::Source<'_>> = if args.exercise {
         Some(&mut witness::kernel_log)
     } else {

@@ -1,5 +1,6 @@
 //! By character devices and address spaces of one iommufd.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -26,6 +27,7 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     }
     let mut bound = Vec::new();
     for (bdf, cdev) in host.functions.iter().zip(cdevs) {
+        host.announce(cdev.as_fd())?;
         let device = cdev.bind(Arc::clone(&iommufd))?;
         bound.push((*bdf, host.function(*bdf, device)?));
     }

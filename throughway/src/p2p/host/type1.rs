@@ -1,5 +1,6 @@
 //! By groups and containers.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -27,6 +28,7 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
             if let Some(number) = number
                 && !groups.iter().any(|(known, _)| *known == number)
             {
+                host.announce(group.as_fd())?;
                 groups.push((number, group));
             }
         }
