@@ -34,5 +34,6 @@
 //!    address width. The firmware tables, the kernel's memory map and the windows come from one
 //!    layout.
 
+pub mod acpi;
 pub mod layout;
 pub mod platform;
