@@ -35,5 +35,6 @@
 //!    layout.
 
 pub mod acpi;
+pub mod boot;
 pub mod layout;
 pub mod platform;
