@@ -34,7 +34,9 @@
 //!    address width. The firmware tables, the kernel's memory map and the windows come from one
 //!    layout.
 
+pub mod acpi;
 mod board;
+pub mod boot;
 mod chipset;
 mod function;
 mod hardware;
