@@ -27,6 +27,8 @@ pub struct Ram {
 enum Pages {
     /// A file with ordinary pages, read and written as a file.
     File(Arc<File>),
+    /// The same, of which the kernel is asked to join pages where it is mapped.
+    Transparent(Arc<File>),
     /// A file of huge pages, which cannot be written as a file. It stays mapped, which also keeps
     /// the pages reserved.
     Huge(Arc<File>, Arc<Mapping>),
@@ -70,6 +72,21 @@ impl Ram {
             size,
             pages: Pages::File(Arc::new(file)),
         })
+    }
+
+    /// Like [`memfd`](Self::memfd), of ordinary pages that the kernel is asked to join to huge ones
+    /// where they are mapped (`MADV_HUGEPAGE`). It does so as far as
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` lets it: with `advise`, `within_size` or
+    /// `always`.
+    ///
+    /// # Errors
+    /// As for [`memfd`](Self::memfd).
+    pub fn memfd_transparent(name: &CStr, size: u64) -> Result<Self, HostMemoryError> {
+        let mut ram = Self::memfd(name, size)?;
+        if let Pages::File(file) = ram.pages {
+            ram.pages = Pages::Transparent(file);
+        }
+        Ok(ram)
     }
 
     /// Like [`memfd`](Self::memfd), made of huge pages, which are reserved at once. `size` is a
@@ -170,7 +187,9 @@ impl Ram {
     #[must_use]
     pub fn file(&self) -> Option<BorrowedFd<'_>> {
         match &self.pages {
-            Pages::File(file) | Pages::Huge(file, _) => Some(file.as_fd()),
+            Pages::File(file) | Pages::Transparent(file) | Pages::Huge(file, _) => {
+                Some(file.as_fd())
+            }
             Pages::Anonymous(_) => None,
         }
     }
@@ -182,14 +201,13 @@ impl Ram {
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), HostMemoryError> {
         self.check_bounds(offset, data.len())?;
         match &self.pages {
-            Pages::File(file) => {
-                file.read_exact_at(data, offset)
-                    .map_err(|source| HostMemoryError::Kernel {
-                        call: "pread",
-                        size: data.len() as u64,
-                        source,
-                    })
-            }
+            Pages::File(file) | Pages::Transparent(file) => file
+                .read_exact_at(data, offset)
+                .map_err(|source| HostMemoryError::Kernel {
+                    call: "pread",
+                    size: data.len() as u64,
+                    source,
+                }),
             Pages::Huge(_, mapping) | Pages::Anonymous(mapping) => mapping.read(offset, data),
         }
     }
@@ -201,14 +219,13 @@ impl Ram {
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), HostMemoryError> {
         self.check_bounds(offset, data.len())?;
         match &self.pages {
-            Pages::File(file) => {
-                file.write_all_at(data, offset)
-                    .map_err(|source| HostMemoryError::Kernel {
-                        call: "pwrite",
-                        size: data.len() as u64,
-                        source,
-                    })
-            }
+            Pages::File(file) | Pages::Transparent(file) => file
+                .write_all_at(data, offset)
+                .map_err(|source| HostMemoryError::Kernel {
+                    call: "pwrite",
+                    size: data.len() as u64,
+                    source,
+                }),
             Pages::Huge(_, mapping) | Pages::Anonymous(mapping) => mapping.write(offset, data),
         }
     }
@@ -233,9 +250,14 @@ impl BackingObject for Ram {
 
     fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno> {
         match &self.pages {
-            Pages::File(file) => {
+            Pages::File(file) | Pages::Transparent(file) => {
                 match Mapping::of_file(file.clone(), 0, self.size, Access::ReadWrite) {
-                    Ok(mapping) => Ok(Box::new(mapping)),
+                    Ok(mapping) => {
+                        if matches!(self.pages, Pages::Transparent(_)) {
+                            mapping.advise_huge_pages();
+                        }
+                        Ok(Box::new(mapping))
+                    }
                     Err(error) => Err(error.errno()),
                 }
             }
@@ -320,10 +342,11 @@ fn is_hugetlbfs(file: &File) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    fn both() -> [Ram; 2] {
+    fn all() -> [Ram; 3] {
         let size = 4 * page_size();
         [
             Ram::memfd(c"test", size).unwrap(),
+            Ram::memfd_transparent(c"test", size).unwrap(),
             Ram::anonymous(size).unwrap(),
         ]
     }
@@ -336,7 +359,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        for ram in both() {
+        for ram in all() {
             let mut data = [0xff; 16];
             ram.read(5, &mut data).unwrap();
             assert_eq!(data, [0; 16], "fresh memory is zeroed");
@@ -363,7 +386,7 @@ mod tests {
 
     #[test]
     fn a_host_address_shows_the_memory() {
-        for ram in both() {
+        for ram in all() {
             ram.write(8, &0x1234_5678_9abc_def0u64.to_ne_bytes())
                 .unwrap();
             let mapping = ram.map_host().unwrap();
@@ -378,7 +401,7 @@ mod tests {
 
     #[test]
     fn a_memfd_is_mapped_by_its_file_and_anonymous_memory_is_not() {
-        let [memfd, anonymous] = both();
+        let [memfd, _, anonymous] = all();
         let file = BackingObject::file(&memfd).unwrap();
         assert_eq!(file.offset, 0);
         let length = File::from(file.fd.try_clone_to_owned().unwrap());
@@ -464,7 +487,7 @@ mod tests {
 
     #[test]
     fn bounds_are_kept() {
-        for ram in both() {
+        for ram in all() {
             let size = ram.size();
             for (offset, length) in [(size, 1), (size - 1, 2), (u64::MAX, 2)] {
                 let mut data = vec![0; length];

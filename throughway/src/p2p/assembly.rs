@@ -124,7 +124,7 @@ impl Assembly {
             let options = FunctionOptions::default();
             let function = Arc::new(AssignedFunction::new(host, map.clone(), &options)?);
             let switch = switches.get(target).context("no such container")?;
-            switch.0.add(&function);
+            switch.add(&function);
             let name = function.name();
             let lent = parts.scratch.iter().enumerate();
             let mut lent = lent.filter(|(_, scratch)| scratch.function.to_string() == *name);
@@ -299,7 +299,14 @@ impl MemberBar {
 
 /// Cuts off the devices behind an IOMMU that may hold a mapping it should not, and says so.
 #[derive(Default)]
-struct Announced(CutOffSwitch);
+pub struct Announced(CutOffSwitch);
+
+impl Announced {
+    /// Cuts this function off, too.
+    pub fn add(&self, function: &Arc<AssignedFunction>) {
+        self.0.add(function);
+    }
+}
 
 impl CutOff for Announced {
     fn cut_off(&self, target: &TargetName, why: &Quarantine) {

@@ -1,17 +1,17 @@
 //! `throughway p2p`: who reaches whom on a real host.
 
-mod assembly;
+pub mod assembly;
 mod bus;
-mod choice;
+pub mod choice;
 mod control;
 mod exercise;
-mod host;
-mod policy;
-mod report;
+pub mod host;
+pub mod policy;
+pub mod report;
 mod revocation;
 mod scratch;
 mod spot;
-mod windows;
+pub mod windows;
 mod witness;
 
 use std::collections::BTreeSet;
