@@ -43,6 +43,17 @@ impl Calls {
             .saturating_add(unmaps)
             .saturating_add(others)
     }
+
+    /// Of each, where there were so many.
+    pub(crate) fn each(self, times: u64) -> Self {
+        let each = |calls: u64| calls.checked_div(times).unwrap_or(0);
+        Self {
+            maps: each(self.maps),
+            copies: each(self.copies),
+            unmaps: each(self.unmaps),
+            others: each(self.others),
+        }
+    }
 }
 
 impl Sub for Calls {
@@ -96,9 +107,9 @@ impl Counted {
         }
     }
 
-    fn count(&self, calls: &AtomicU64) -> &dyn IoAddressSpace {
+    fn count<T>(&self, calls: &AtomicU64, call: impl FnOnce(&dyn IoAddressSpace) -> T) -> T {
         calls.fetch_add(1, Ordering::Relaxed);
-        &*self.inner
+        call(&*self.inner)
     }
 }
 
@@ -112,11 +123,11 @@ impl IoAddressSpace for Counted {
     }
 
     fn ranges(&self) -> io::Result<IoasRanges> {
-        self.count(&self.others).ranges()
+        self.count(&self.others, |ioas| ioas.ranges())
     }
 
     fn allow(&self, ranges: &[IovaRange]) -> io::Result<()> {
-        self.count(&self.others).allow(ranges)
+        self.count(&self.others, |ioas| ioas.allow(ranges))
     }
 
     fn map_file(
@@ -126,31 +137,31 @@ impl IoAddressSpace for Counted {
         offset: u64,
         access: Access,
     ) -> io::Result<()> {
-        self.count(&self.maps).map_file(iova, file, offset, access)
+        self.count(&self.maps, |ioas| ioas.map_file(iova, file, offset, access))
     }
 
     unsafe fn map(&self, iova: IovaRange, vaddr: HostVa, access: Access) -> io::Result<()> {
         // SAFETY: the caller vouches for the memory, in the same words.
-        unsafe { self.count(&self.maps).map(iova, vaddr, access) }
+        self.count(&self.maps, |ioas| unsafe { ioas.map(iova, vaddr, access) })
     }
 
     fn copy(&self, iova: IovaRange, source: IoasId, from: Iova, access: Access) -> io::Result<()> {
-        self.count(&self.copies).copy(iova, source, from, access)
+        self.count(&self.copies, |ioas| ioas.copy(iova, source, from, access))
     }
 
     fn unmap(&self, iova: IovaRange) -> io::Result<u64> {
-        self.count(&self.unmaps).unmap(iova)
+        self.count(&self.unmaps, |ioas| ioas.unmap(iova))
     }
 
     fn unmap_all(&self) -> io::Result<u64> {
-        self.count(&self.unmaps).unmap_all()
+        self.count(&self.unmaps, |ioas| ioas.unmap_all())
     }
 
     fn huge_pages(&self) -> io::Result<bool> {
-        self.count(&self.others).huge_pages()
+        self.count(&self.others, |ioas| ioas.huge_pages())
     }
 
     fn set_huge_pages(&self, on: bool) -> io::Result<()> {
-        self.count(&self.others).set_huge_pages(on)
+        self.count(&self.others, |ioas| ioas.set_huge_pages(on))
     }
 }

@@ -109,7 +109,16 @@ impl Mapped {
             .map_err(|error| broken(&error))
     }
 
-    fn disable_bar(&self) -> Verdict {
+    pub fn enable_bar(&self) -> Verdict {
+        let mut change = self.map.change();
+        change.enable(self.bar);
+        change
+            .commit_guest()
+            .map(drop)
+            .map_err(|error| broken(&error))
+    }
+
+    pub fn disable_bar(&self) -> Verdict {
         let mut change = self.map.change();
         change.disable(self.bar, DisabledBecause::DecodingOff);
         change
@@ -119,7 +128,7 @@ impl Mapped {
     }
 
     /// What whoever has caused a revocation does.
-    fn revoke(&self) -> Verdict {
+    pub fn revoke(&self) -> Verdict {
         let mut change = self.map.change();
         change.revoke(&self.backing);
         change
