@@ -18,6 +18,8 @@ pub const KEPT_OUT: &str = "a BAR that policy keeps out";
 pub const DECODING_OFF: &str = "a BAR whose decoding is off";
 pub const ASLEEP: &str = "a BAR that sleeps in D3hot";
 pub const RESET: &str = "a BAR after a function-level reset";
+pub const RESET_UNDECODED: &str = "a BAR after a function-level reset with its decoding off";
+pub const HOT_RESET: &str = "a BAR after a hot reset of its bus";
 pub const BEFORE_THE_MOVE: &str = "where a BAR was before it moved";
 pub const UNREGISTERED: &str = "RAM after the IOMMU was unregistered";
 /// Of an engine that fetches commands from RAM: it does not get that far.
@@ -25,6 +27,16 @@ pub const OWN_UNREGISTERED: &str = "the engine's own RAM after the IOMMU was unr
 
 /// How long a command is that NVMe controllers fetch.
 const COMMAND: u64 = 64;
+
+/// The ways to program the IOMMU that there are on the machine's kernel, the best one first.
+pub fn ways(bench: &mut Bench) -> Result<&'static [&'static str], ScenarioError> {
+    let has_iommufd = bench.run(&["test", "-c", "/dev/iommu"])?.status.success();
+    Ok(if has_iommufd {
+        &["iommufd", "type1"]
+    } else {
+        &["type1"]
+    })
+}
 
 /// The arguments of a run.
 pub fn p2p<'a>(options: &[&'a str], functions: &[&'a str]) -> Vec<&'a str> {
@@ -72,6 +84,7 @@ pub struct Control {
     pub from: String,
     pub iova: u64,
     pub what: String,
+    pub failed: Option<String>,
     pub observed: String,
     pub afterwards: Option<String>,
 }
@@ -173,6 +186,17 @@ impl P2pRun {
         Ok(controls)
     }
 
+    /// That there are no controls of this kind.
+    pub fn ensure_not_tried(&self, what: &str) -> Result<(), ScenarioError> {
+        let tried = self.controls.iter().any(|control| control.what == what);
+        ensure(!tried, || format!("{what}: {:#?}", self.controls))
+    }
+
+    /// That it was programmed this way.
+    pub fn ensure_way(&self, way: &str) -> Result<(), ScenarioError> {
+        ensure(self.iommu.chosen == way, || format!("{:?}", self.iommu))
+    }
+
     /// That QEMU's IOMMU blocked just what the controls tried, and nothing else: so no address
     /// faulted while it was mapped.
     pub fn ensure_witnessed(&self, faults: &[DmarFault]) -> Result<(), ScenarioError> {
@@ -214,6 +238,7 @@ impl Control {
             from: text("from")?,
             iova: value.get("iova")?.as_u64()?,
             what: text("what")?,
+            failed: text("failed"),
             observed: text("observed")?,
             afterwards: text("afterwards"),
         })
@@ -299,6 +324,7 @@ mod tests {
             from: "0000:00:05.0".into(),
             iova,
             what: String::new(),
+            failed: None,
             observed: "blocked".into(),
             afterwards: None,
         }

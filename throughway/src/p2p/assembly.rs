@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use assigned_pci::{
-    AssignedFunction, BarIndex, BarInfo, BarKind, CutOffSwitch, FunctionOptions, HostFunction,
-    Windows, place_bars,
+    AssignedFunction, BarIndex, BarInfo, BarKind, CutOffSwitch, FunctionOptions, HostError,
+    HostFunction, Windows, place_bars,
 };
 use dma_engine::{DmaEngine, Nvme, NvmeEngine, find_engine};
 use memory_map::{
@@ -14,6 +14,7 @@ use memory_map::{
     RegionManager, TargetHandle, TargetName, TargetOptions,
 };
 
+use super::bus::Bus;
 use super::report::Pair;
 use super::scratch::{LentRam, NvmeScratch};
 use super::windows;
@@ -42,6 +43,8 @@ pub struct PartFunction {
 pub struct Parts {
     pub spaces: Vec<Space>,
     pub functions: Vec<PartFunction>,
+    /// Which of them a hot reset resets together.
+    pub buses: Vec<Bus>,
     /// For pairs of functions, by their places, how what the one sends to the other may go past
     /// the IOMMU.
     pub bypasses: BTreeMap<(usize, usize), String>,
@@ -79,6 +82,8 @@ pub struct Assembly {
     /// A page that is not part of [`ram`](Self::ram); see [`Parts::page`].
     pub page: GuestRam,
     pub map: RegionManager,
+    /// See [`Parts::buses`].
+    pub buses: Vec<Bus>,
     /// See [`Parts::bypasses`].
     bypasses: BTreeMap<(usize, usize), String>,
     /// Where BARs may lie.
@@ -159,9 +164,22 @@ impl Assembly {
             ram,
             page,
             map,
+            buses: parts.buses,
             bypasses: parts.bypasses,
             windows,
         })
+    }
+
+    /// The bus of a member, if a hot reset can reset it.
+    pub fn bus_of(&self, member: usize) -> Option<&Bus> {
+        self.buses.iter().find(|bus| bus.members.contains(&member))
+    }
+
+    /// [Resets](Bus::reset) a bus.
+    pub fn hot_reset(&self, bus: &Bus) -> Result<Option<HostError>> {
+        let members = bus.members.iter();
+        let members = members.filter_map(|member| self.members.get(*member));
+        bus.reset(members.map(|member| Arc::clone(&member.function)).collect())
     }
 
     /// Moves a BAR, with decoding on, to the highest free place of its window, as a guest would.

@@ -74,6 +74,7 @@ pub fn moved(
             iova: at.raw(),
             what: "where a BAR was before it moved",
             observed: seen(&read(assembly), &before),
+            failed: None,
             afterwards: None,
             witness: evidence.describe(&pair.from, at),
         });
@@ -121,6 +122,7 @@ pub fn unregistered(assembly: &mut Assembly, witness: &mut Source<'_>) -> Result
             iova: at.raw(),
             what,
             observed: seen(&assembly.ram.read(SOURCE, LEN)?, &before),
+            failed: None,
             afterwards: None,
         });
     }
@@ -177,6 +179,7 @@ fn absent_ram(assembly: &mut Assembly, from: usize, witness: &mut Source<'_>) ->
         iova: at.raw(),
         what: "RAM that was taken away",
         observed,
+        failed: None,
         afterwards: None,
     })
 }
@@ -210,6 +213,7 @@ fn filtered(
         iova: at.raw(),
         what: "a BAR that policy keeps out",
         observed: seen(&after, &before),
+        failed: None,
         afterwards: None,
         witness: evidence.describe(&pair.from, at),
     }))

@@ -1,6 +1,7 @@
 //! `throughway p2p`: who reaches whom on a real host.
 
 mod assembly;
+mod bus;
 mod choice;
 mod control;
 mod exercise;
@@ -17,9 +18,11 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use host_memory::Ram;
+use memory_map::{Backing, GRANULE};
 use vfio_sys::Bdf;
 
-use self::assembly::Assembly;
+use self::assembly::{Assembly, Parts};
 use self::choice::{Choice, Iommu};
 use self::policy::{P2pChoice, Policy};
 use self::report::P2pReport;
@@ -63,9 +66,9 @@ pub struct P2pArgs {
     /// A pattern goes from RAM into each peer's prefetchable BARs and back (and into a register of
     /// another edu), and what was in the BAR is put back afterwards; then the BAR is moved, and all of that is done again. As a
     /// control, the engine is also pointed at addresses that are not mapped any more: of RAM that
-    /// was taken away, of a peer that does not decode, sleeps or was reset (if it can), of a BAR
-    /// that was moved. There is a driver for QEMU's edu, and one for NVMe controllers, see
-    /// --nvme-scratch.
+    /// was taken away, of a peer that does not decode, sleeps or was reset (if it can; by itself, with
+    /// its decoding on or off, and with all of its bus), of a BAR that was moved. There is a driver
+    /// for QEMU's edu, and one for NVMe controllers, see --nvme-scratch.
     #[arg(long)]
     pub exercise: bool,
     /// Blocks of an NVMe controller's disk that may be overwritten, so that it serves as a DMA engine
@@ -93,9 +96,17 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
     }
     let policy = Policy::new(&args.p2p, &args.functions)?;
     scratch::check(&args.nvme_scratch, &args.functions)?;
-    let (mut parts, choice) = host::open(&args.functions, args.iommu, &policy, args.memory << 20)?;
-    parts.scratch.clone_from(&args.nvme_scratch);
-    let mut assembly = Assembly::new(parts)?;
+    let (opened, bypasses, choice) = host::open(&args.functions, args.iommu, &policy, None)?;
+    let page = GRANULE.max(host_memory::page_size());
+    let mut assembly = Assembly::new(Parts {
+        spaces: opened.spaces,
+        functions: opened.functions,
+        buses: opened.buses,
+        bypasses,
+        ram: Backing::new(Ram::memfd(c"throughway-ram", args.memory << 20)?),
+        page: Backing::new(Ram::memfd(c"throughway-control", page)?),
+        scratch: args.nvme_scratch.clone(),
+    })?;
     let witness: Option<&mut witness::Source<'_>> = if args.exercise {
         Some(&mut witness::kernel_log)
     } else {

@@ -53,7 +53,7 @@ impl Rig {
             .iter()
             .map(|name| format!("{name}:{}..{}", LENT.start, LENT.end));
         let scratch = scratch.map(|text| text.parse().unwrap()).collect();
-        assemble_with(&self.host, parts, scratch)
+        assemble_with(&self.host, parts, scratch, Vec::new())
     }
 
     fn contents(&self) -> [Vec<u8>; 2] {
@@ -93,11 +93,11 @@ fn controllers_reach_their_peers_and_each_others_buffers_and_disks_are_as_before
                 let found = (bar2.reach, bar2.exercised, bar2.at.len());
                 assert_eq!(found, ("mapped", Some(Exercised::Ok), 2), "{bar2:?}");
             }
-            // A page of RAM, RAM at the end; of three peers or two the BAR2 off, reset and moved,
-            // those of controllers also asleep.
+            // A page of RAM, RAM at the end; of three peers or two the BAR2 off, reset with its
+            // decoding on and off, and moved, those of controllers also asleep.
             let controls = report.controls.iter().filter(|it| it.from == from);
             let peers = if from == EDU { (3, 2) } else { (2, 1) };
-            assert_eq!(controls.count(), 2 + 3 * peers.0 + peers.1, "{report}");
+            assert_eq!(controls.count(), 2 + 4 * peers.0 + peers.1, "{report}");
         }
         for control in &report.controls {
             assert_eq!(control.observed, Observed::Blocked, "{control:?}");
@@ -210,6 +210,7 @@ fn what_is_no_controller_is_lent_nothing() {
         spaces,
         functions,
         bypasses: BTreeMap::new(),
+        buses: Vec::new(),
         ram: Backing::new(rig.host.ram(16 << 20).unwrap()),
         page: Backing::new(rig.host.ram(0x1000).unwrap()),
         scratch: vec![format!("{PEER}:1..9").parse().unwrap()],
@@ -227,7 +228,7 @@ fn blocks_that_the_disk_does_not_have_are_an_error_that_names_them() {
     let policy = Policy::new(&[], &[EDU, PEER, NVME, SECOND].map(bdf)).unwrap();
     let parts = spaces(&rig.host, Kind::Type1, &rig.functions, &policy);
     let scratch = format!("{NVME}:1020..1025").parse().unwrap();
-    let mut assembly = assemble_with(&rig.host, parts, vec![scratch]);
+    let mut assembly = assemble_with(&rig.host, parts, vec![scratch], Vec::new());
     let mut pairs = assembly.pairs().unwrap();
     let error = super::super::exercise::all(&mut assembly, &mut pairs).unwrap_err();
     assert!(error.to_string().contains("0x400 blocks"), "{error:#}");
