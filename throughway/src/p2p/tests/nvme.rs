@@ -185,8 +185,7 @@ fn no_other_block_than_those_lent_is_written_even_if_they_cannot_be_put_back() {
     super::super::exercise::all(&mut assembly, &mut pairs).unwrap();
     // Whatever the engine does at its end, it does without RAM.
     assembly.targets.clear();
-    let member = assembly.members.iter_mut().find(|it| it.lent.is_some());
-    let error = member.unwrap().rest().unwrap_err();
+    let error = assembly.rest().unwrap_err();
     assert!(error.to_string().contains(NVME), "{error:#}");
     drop(assembly);
     let [after, _] = rig.contents();
