@@ -24,6 +24,7 @@ mod p2p_run;
 
 pub mod bad_input;
 pub mod contract_suite;
+pub mod guest_moves;
 pub mod hotplug;
 pub mod iommufd_bad_input;
 pub mod iommufd_contract;
@@ -224,6 +225,7 @@ pub fn all() -> Vec<&'static Scenario> {
         iommufd_contract::SCENARIOS,
         resets::SCENARIOS,
         hotplug::SCENARIOS,
+        guest_moves::SCENARIOS,
         nvme::SCENARIOS,
         bad_input::SCENARIOS,
         iommufd_bad_input::SCENARIOS,

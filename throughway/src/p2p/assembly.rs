@@ -222,6 +222,15 @@ impl Assembly {
         }
     }
 
+    /// See [`Member::rest`]: all of them, and the first error of any.
+    pub fn rest(&mut self) -> Result<()> {
+        let mut done = Ok(());
+        for member in &mut self.members {
+            done = done.and(member.rest());
+        }
+        done
+    }
+
     /// Every ordered pair and BAR, with the reach as it stands.
     pub fn pairs(&self) -> Result<Vec<Pair>> {
         let mut pairs = Vec::new();

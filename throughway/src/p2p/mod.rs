@@ -112,7 +112,20 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
     } else {
         None
     };
-    let report = examine(&mut assembly, choice, policy.required, witness)?;
+    let examined = examine(&mut assembly, choice, policy.required, witness);
+    // However that ended, what engines have overwritten is put back, or it is told that it is not.
+    let report = match (examined, assembly.rest()) {
+        (Ok(report), rested) => {
+            rested?;
+            report
+        }
+        (Err(error), rested) => {
+            if let Err(left) = rested {
+                eprintln!("throughway: {left:#}");
+            }
+            return Err(error);
+        }
+    };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
