@@ -10,7 +10,7 @@ use vfio_sys::Ioas;
 
 use super::super::assembly::{PartFunction, Space};
 use super::super::choice::BarNotExported;
-use super::{Host, Opened, hot_reset};
+use super::{Host, Opened};
 
 /// Opens them: an address space for all that may see the same. RAM is pinned once for all.
 pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
@@ -34,7 +34,6 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
             exports_every_bar(function)?;
         }
     }
-    let buses = hot_reset::buses(&bound, &[]);
     let (classes, places) = host.by_filter();
     let mut ioases = Vec::new();
     for _ in &classes {
@@ -44,10 +43,10 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     // All functions are attached before anything is mapped: each takes away from what the address
     // space allows, and would be refused if something was there.
     let mut functions: Vec<PartFunction> = Vec::new();
-    for ((_, function), space) in bound.into_iter().zip(places) {
+    for ((_, function), space) in bound.iter().zip(places) {
         let ioas = ioases.get(space).context("no such address space")?;
         function.device().attach(Arc::clone(ioas))?;
-        let host: Arc<dyn HostFunction> = function;
+        let host: Arc<dyn HostFunction> = Arc::<VfioFunction>::clone(function);
         functions.push(PartFunction { host, space });
     }
     let copies = RamCopies::new();
@@ -68,7 +67,8 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     Ok(Opened {
         spaces,
         functions,
-        buses,
+        devices: bound,
+        groups: Vec::new(),
     })
 }
 

@@ -2,6 +2,7 @@
 
 mod hot_reset;
 mod iommufd;
+mod requests;
 mod type1;
 
 use std::collections::BTreeMap;
@@ -11,20 +12,22 @@ use anyhow::Result;
 use assigned_pci::VfioFunction;
 use host_memory::Ram;
 use memory_map::{Backing, Filter, GRANULE};
-use vfio_sys::{Bdf, CdevError, Device, Sysfs};
+use vfio_sys::{Bdf, CdevError, Device, Group, Sysfs};
 
+pub use self::requests::Requests;
 use super::assembly::{PartFunction, Parts, Space};
-use super::bus::Bus;
 use super::choice::{Choice, Iommu, Ways, choose};
 use super::policy::Policy;
 
-/// Opens `functions` and makes `memory` bytes of RAM.
+/// Opens `functions` and makes `memory` bytes of RAM. What the host wants back is noticed from then
+/// on, if that is asked for.
 pub fn open(
     functions: &[Bdf],
     asked: Iommu,
     policy: &Policy,
     memory: u64,
-) -> Result<(Parts, Choice)> {
+    listen: bool,
+) -> Result<(Parts, Choice, Option<Requests>)> {
     let sysfs = Sysfs::default();
     // What is wrong whichever way they are opened is said before anything is touched.
     for bdf in functions {
@@ -39,10 +42,12 @@ pub fn open(
         policy,
     };
     let (opened, choice) = choose(asked, &mut host)?;
+    let buses = hot_reset::buses(&opened.devices, &opened.groups);
+    let requests = listen.then(|| Requests::of(&opened.devices)).transpose()?;
     let parts = Parts {
         spaces: opened.spaces,
         functions: opened.functions,
-        buses: opened.buses,
+        buses,
         bypasses: bypasses(&sysfs, functions)?,
         ram: Backing::new(Ram::memfd(c"throughway-ram", memory)?),
         page: Backing::new(Ram::memfd(
@@ -50,14 +55,17 @@ pub fn open(
             GRANULE.max(host_memory::page_size()),
         )?),
     };
-    Ok((parts, choice))
+    Ok((parts, choice, requests))
 }
 
 /// What is opened either way.
 struct Opened {
     spaces: Vec<Space>,
     functions: Vec<PartFunction>,
-    buses: Vec<Bus>,
+    /// The same, as devices.
+    devices: Vec<(Bdf, Arc<VfioFunction>)>,
+    /// Those that they were opened by, with their numbers.
+    groups: Vec<(u32, Arc<Group>)>,
 }
 
 struct Host<'h> {

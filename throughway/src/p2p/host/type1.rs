@@ -8,7 +8,7 @@ use iommu::Type1Target;
 use vfio_sys::{Container, Group, Opener};
 
 use super::super::assembly::{PartFunction, Space};
-use super::{Host, Opened, hot_reset};
+use super::{Host, Opened};
 
 /// Opens them: a container for all that may see the same, or several where their IOMMUs differ.
 pub fn open(host: &Host<'_>) -> Result<Opened> {
@@ -52,7 +52,7 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
         }
     }
     let mut functions = Vec::new();
-    let mut opened = Vec::new();
+    let mut devices = Vec::new();
     for (bdf, place) in host.functions.iter().zip(places) {
         let Some(opener) = openers.get_mut(place) else {
             continue;
@@ -61,7 +61,7 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
         let space = containers.iter().position(|c| Arc::ptr_eq(c, &container));
         let device = opener.device(*bdf)?;
         let function = host.function(*bdf, device)?;
-        opened.push((*bdf, Arc::clone(&function)));
+        devices.push((*bdf, Arc::clone(&function)));
         let function: Arc<dyn HostFunction> = function;
         functions.push(PartFunction {
             host: function,
@@ -71,7 +71,8 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
     Ok(Opened {
         spaces,
         functions,
-        buses: hot_reset::buses(&opened, &groups),
+        devices,
+        groups,
     })
 }
 
