@@ -31,6 +31,7 @@ pub mod iommufd_kernel;
 pub mod nested_machine;
 pub mod nvme;
 pub mod p2p_iommufd;
+pub mod p2p_nvme;
 pub mod p2p_policy;
 pub mod peer_to_peer;
 pub mod process_end;
@@ -216,6 +217,7 @@ pub fn all() -> Vec<&'static Scenario> {
         peer_to_peer::SCENARIOS,
         p2p_iommufd::SCENARIOS,
         p2p_iommufd::ON_BOTH_KERNELS,
+        p2p_nvme::SCENARIOS,
         p2p_policy::SCENARIOS,
         contract_suite::SCENARIOS,
         iommufd_kernel::SCENARIOS,

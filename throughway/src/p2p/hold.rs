@@ -98,7 +98,9 @@ fn give_back(
     place: usize,
     witness: Option<&mut Source<'_>>,
 ) -> Result<()> {
-    let member = assembly.members.get(place).context("a function is gone")?;
+    let member = assembly.members.get_mut(place);
+    let member = member.context("a function is gone")?;
+    member.rest()?;
     let function = Arc::clone(&member.function);
     let probes = match witness {
         Some(_) => probes(assembly, &report.pairs, place)?,

@@ -1,5 +1,6 @@
 //! By character devices and address spaces of one iommufd.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -10,7 +11,7 @@ use vfio_sys::Ioas;
 
 use super::super::assembly::{PartFunction, Space};
 use super::super::choice::BarNotExported;
-use super::{Host, Opened};
+use super::{Host, Opened, hot_reset};
 
 /// Opens them: an address space for all that may see the same. RAM is pinned once for all.
 pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
@@ -26,6 +27,7 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     }
     let mut bound = Vec::new();
     for (bdf, cdev) in host.functions.iter().zip(cdevs) {
+        host.announce(cdev.as_fd())?;
         let device = cdev.bind(Arc::clone(&iommufd))?;
         bound.push((*bdf, host.function(*bdf, device)?));
     }
@@ -67,8 +69,8 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     Ok(Opened {
         spaces,
         functions,
+        buses: hot_reset::buses(&bound, &[]),
         devices: bound,
-        groups: Vec::new(),
     })
 }
 

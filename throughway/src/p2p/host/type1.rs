@@ -1,5 +1,6 @@
 //! By groups and containers.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -8,7 +9,7 @@ use iommu::Type1Target;
 use vfio_sys::{Container, Group, Opener};
 
 use super::super::assembly::{PartFunction, Space};
-use super::{Host, Opened};
+use super::{Host, Opened, hot_reset};
 
 /// Opens them: a container for all that may see the same, or several where their IOMMUs differ.
 pub fn open(host: &Host<'_>) -> Result<Opened> {
@@ -27,6 +28,7 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
             if let Some(number) = number
                 && !groups.iter().any(|(known, _)| *known == number)
             {
+                host.announce(group.as_fd())?;
                 groups.push((number, group));
             }
         }
@@ -71,8 +73,8 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
     Ok(Opened {
         spaces,
         functions,
+        buses: hot_reset::buses(&devices, &groups),
         devices,
-        groups,
     })
 }
 
