@@ -15,7 +15,7 @@ use memory_map::{
 };
 
 use super::bus::Bus;
-use super::report::Pair;
+use super::report::{Pair, place_after};
 use super::scratch::{LentRam, NvmeScratch};
 use super::windows;
 use crate::guest_driver::GuestDriver;
@@ -180,6 +180,35 @@ impl Assembly {
         let members = bus.members.iter();
         let members = members.filter_map(|member| self.members.get(*member));
         bus.reset(members.map(|member| Arc::clone(&member.function)).collect())
+    }
+
+    /// Takes a member out and lets go of its function, whose BARs have left the map. Those behind it
+    /// move up. An IOMMU that has nobody behind it any more is unregistered first.
+    pub fn take_out(&mut self, place: usize) -> Result<()> {
+        let member = self.members.get(place).context("a function is gone")?;
+        let target = member.target;
+        let alone = self.members.iter().filter(|it| it.target == target).count() == 1;
+        if alone && target < self.targets.len() {
+            let report = self.targets.remove(target).unregister();
+            if let Some((_, why)) = report.quarantined.into_iter().next() {
+                return Err(why).context("unregistering an IOMMU");
+            }
+            for member in &mut self.members {
+                member.target = place_after(member.target, target).unwrap_or(member.target);
+            }
+        }
+        self.buses.retain(|bus| !bus.members.contains(&place));
+        for bus in &mut self.buses {
+            let members = bus.members.iter();
+            bus.members = members.filter_map(|it| place_after(*it, place)).collect();
+        }
+        let bypasses = std::mem::take(&mut self.bypasses).into_iter();
+        let bypasses = bypasses.filter_map(|((from, to), how)| {
+            Some(((place_after(from, place)?, place_after(to, place)?), how))
+        });
+        self.bypasses = bypasses.collect();
+        drop(self.members.remove(place));
+        Ok(())
     }
 
     /// Moves a BAR, with decoding on, to the highest free place of its window, as a guest would.

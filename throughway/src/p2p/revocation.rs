@@ -118,10 +118,14 @@ fn one(
     concerned: &[usize],
     witness: &mut Source<'_>,
 ) -> Result<Control> {
-    // They may be engines themselves, with something to put back.
+    let mut saved = Vec::new();
     for member in concerned {
         let member = assembly.members.get_mut(*member);
-        member.context("a function is gone")?.rest()?;
+        let member = member.context("a function is gone")?;
+        // It may be an engine itself.
+        member.rest()?;
+        let function = Arc::clone(&member.function);
+        saved.push((GuestDriver(&function).save(), function));
     }
     let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
     let bar = peer.bar(pair.index).context("a BAR is gone")?;

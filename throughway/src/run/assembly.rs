@@ -67,6 +67,7 @@ impl Assembly {
             let none = Opened {
                 spaces: Vec::new(),
                 functions: Vec::new(),
+                devices: Vec::new(),
                 buses: Vec::new(),
             };
             let choice = Choice {
