@@ -3,6 +3,7 @@
 use sim_host::{SimBus, SimDisk};
 
 use super::*;
+use crate::p2p::hold::{Ask, Holding};
 
 const NVME: &str = "0000:00:08.0";
 const SECOND: &str = "0000:00:09.0";
@@ -153,6 +154,58 @@ fn a_hot_reset_finds_the_siblings_engine_at_rest() {
         );
         drop(assembly);
         assert_eq!(rig.contents(), before);
+        ensure_clean(&rig.host);
+    }
+}
+
+/// Whoever may end the program sees the disks.
+struct Watching<'r> {
+    rig: &'r Rig,
+    before: [Vec<u8>; 2],
+    asked: Vec<&'static str>,
+}
+
+impl Holding for Watching<'_> {
+    fn begins(&mut self, so_far: &P2pReport) {
+        assert_eq!(pair(so_far, NVME, SECOND, 2).exercised, Some(Exercised::Ok));
+        assert_eq!(self.rig.contents(), self.before);
+    }
+
+    fn next(&mut self) -> anyhow::Result<Ask> {
+        assert_eq!(self.rig.contents(), self.before);
+        let next = self.asked.pop();
+        Ok(next.map_or(Ask::End, |name| Ask::GiveBack(name.into())))
+    }
+
+    fn given_back(&mut self, _: &str) {}
+}
+
+#[test]
+fn disks_are_as_before_all_the_time_that_everything_is_held() {
+    for kind in KINDS {
+        let rig = Rig::new();
+        let mut holding = Watching {
+            rig: &rig,
+            before: rig.contents(),
+            asked: vec![SECOND, PEER],
+        };
+        let mut assembly = rig.assembly(kind, &[], &[NVME, SECOND]);
+        let mut witness = || -> anyhow::Result<Box<dyn Evidence>> {
+            drop(rig.host.take_faults());
+            Ok(Box::new(SimFaults(rig.host.clone())))
+        };
+        let report = crate::p2p::examine(
+            &mut assembly,
+            choice(),
+            false,
+            Some(&mut witness),
+            Some(&mut holding),
+        );
+        let report = report.unwrap();
+        assert!(report.ok, "{report}");
+        assert_eq!(report.removed.len(), 2, "{report}");
+        drop(assembly);
+        assert_eq!(rig.contents(), holding.before);
         ensure_clean(&rig.host);
     }
 }
