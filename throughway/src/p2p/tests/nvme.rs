@@ -293,6 +293,34 @@ fn a_peer_that_is_not_mapped_is_a_mismatch_and_no_failure_of_the_run() {
     assert!(bar2.note.as_ref().unwrap().contains("Data Transfer Error"));
 }
 
+/// CMBMSC (NVM Express 1.4, 3.1.15).
+fn buffer_control(function: &SimFunction) -> u64 {
+    let mut data = [0; 8];
+    for (half, at) in data.chunks_mut(4).zip([0x50, 0x54]) {
+        let bar = assigned_pci::BarIndex::ALL[0];
+        function.bar_read(bar, at, half).unwrap();
+    }
+    u64::from_le_bytes(data)
+}
+
+#[test]
+fn a_memory_buffer_is_shown_before_it_is_tried_and_again_after_a_reset() {
+    let rig = Rig::new();
+    let [_, _, controller, _] = rig.functions.as_slice() else {
+        panic!("four functions");
+    };
+    let mut assembly = rig.assembly(Kind::Type1, &[], &[]);
+    let mut pairs = assembly.pairs().unwrap();
+    assert_eq!(buffer_control(controller), 0);
+    super::super::exercise::all(&mut assembly, &mut pairs).unwrap();
+    let shown = buffer_control(controller);
+    assert_eq!(shown, 1 << 62 | 3);
+    // Each control that hides it is followed by moving data once more.
+    let report = report(&rig.host, &mut assembly);
+    assert!(report.ok, "{report}");
+    assert_eq!(buffer_control(controller), shown);
+}
+
 #[test]
 fn what_is_no_controller_is_lent_nothing() {
     let rig = Rig::new();
