@@ -34,4 +34,17 @@
 //!    address width. The firmware tables, the kernel's memory map and the windows come from one
 //!    layout.
 
+mod board;
+mod chipset;
+mod function;
+mod hardware;
+pub mod kvm;
+pub mod layout;
+mod notices;
+pub mod pci;
 pub mod platform;
+
+pub use board::{Access, Board};
+pub use chipset::{Chipset, Line, Request};
+pub use hardware::{Asked, Hardware, HardwareError};
+pub use notices::Notices;
