@@ -66,8 +66,8 @@ pub struct Function {
     device: u16,
     class: u32,
     bars: Vec<Bar>,
-    /// What is mapped of BARs: which, from which address on.
-    mapped: Mutex<Vec<(BarIndex, u64, Arc<Mapping>)>>,
+    /// Where BARs were when they were last looked at, and their memory there.
+    placed: Mutex<Vec<(BarIndex, u64, Arc<Mapping>)>>,
 }
 
 impl fmt::Debug for Function {
@@ -109,7 +109,7 @@ impl Function {
             device: 0,
             class: 0,
             bars: bars(&resources),
-            mapped: Mutex::default(),
+            placed: Mutex::default(),
         };
         let [vendor_low, vendor_high, device_low, device_high] = new.read(0)?;
         new.vendor = u16::from_le_bytes([vendor_low, vendor_high]);
@@ -213,25 +213,30 @@ impl Function {
         if bar.wide {
             self.write(bar.register() + 4, &[e, f, g, h])?;
         }
+        self.forget_places();
         Ok(())
     }
 
-    /// A BAR's memory, at the address that is in its registers now.
-    pub fn memory(&self, bar: Bar) -> anyhow::Result<Arc<Mapping>> {
-        let address = self.address(bar)?;
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = mapped.iter().find(|(index, ..)| *index == bar.index);
-        if let Some((_, at, mapping)) = found
-            && *at == address
-        {
-            return Ok(Arc::clone(mapping));
+    /// Where a BAR is, and its memory there. Its registers are read at the first call, and at the
+    /// next one after it was moved by this value or the function was reset.
+    pub fn placed(&self, bar: Bar) -> anyhow::Result<(u64, Arc<Mapping>)> {
+        let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = placed.iter().find(|(index, ..)| *index == bar.index);
+        if let Some((_, address, mapping)) = found {
+            return Ok((*address, Arc::clone(mapping)));
         }
+        let address = self.address(bar)?;
         let mapping = Mapping::physical(address, bar.size)
             .with_context(|| format!("mapping {} of {} at {address:#x}", bar.index, self.name))?;
         let mapping = Arc::new(mapping);
-        mapped.retain(|(index, ..)| *index != bar.index);
-        mapped.push((bar.index, address, Arc::clone(&mapping)));
-        Ok(mapping)
+        placed.push((bar.index, address, Arc::clone(&mapping)));
+        Ok((address, mapping))
+    }
+
+    /// What is known of its BARs' places is not true any more.
+    fn forget_places(&self) {
+        let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
+        placed.clear();
     }
 
     /// Where its capability of PCI Express is.
@@ -274,6 +279,7 @@ impl Function {
         let at = express.unwrap_or_default() + DEVICE_CONTROL;
         let control = u16::from_le_bytes(self.read(at)?) | INITIATE_FLR;
         self.write(at, &control.to_le_bytes())?;
+        self.forget_places();
         // PCI Express Base 6.0, 6.6.2: 100 ms.
         std::thread::sleep(std::time::Duration::from_millis(100));
         Ok(())
@@ -373,7 +379,8 @@ impl Function {
     fn mapped_bar(&self, bar: BarIndex) -> io::Result<Arc<Mapping>> {
         let known = self.bars.iter().find(|known| known.index == bar);
         let known = known.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
-        self.memory(*known).map_err(io::Error::other)
+        let placed = self.placed(*known).map_err(io::Error::other);
+        Ok(placed?.1)
     }
 }
 

@@ -23,6 +23,7 @@ mod pattern;
 mod peer;
 mod place;
 mod plan;
+mod ports;
 mod report;
 mod steps;
 

@@ -160,6 +160,48 @@ impl Mapping {
         self.write(offset, &value.to_le_bytes())
     }
 
+    /// Reads four bytes wherever they begin, and by an instruction that a hypervisor has to take
+    /// apart.
+    ///
+    /// # Errors
+    /// `EINVAL` outside of the mapping.
+    pub fn read_anywhere(&self, offset: u64) -> io::Result<u32> {
+        let end = offset.checked_add(3);
+        let end = end.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let (first, _last) = (self.at(offset, 1)?, self.at(end, 1)?);
+        let value: u32;
+        // SAFETY: all four bytes lie in the mapping; x86 has no alignment to keep.
+        unsafe {
+            std::arch::asm!(
+                "mov {value:e}, dword ptr [{at}]",
+                at = in(reg) first.as_ptr(),
+                value = out(reg) value,
+                options(nostack, preserves_flags)
+            );
+        }
+        Ok(value)
+    }
+
+    /// Writes four bytes wherever they begin.
+    ///
+    /// # Errors
+    /// `EINVAL` outside of the mapping.
+    pub fn write_anywhere(&self, offset: u64, value: u32) -> io::Result<()> {
+        let end = offset.checked_add(3);
+        let end = end.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let (first, _last) = (self.at(offset, 1)?, self.at(end, 1)?);
+        // SAFETY: all four bytes lie in the mapping; x86 has no alignment to keep.
+        unsafe {
+            std::arch::asm!(
+                "mov dword ptr [{at}], {value:e}",
+                at = in(reg) first.as_ptr(),
+                value = in(reg) value,
+                options(nostack, preserves_flags)
+            );
+        }
+        Ok(())
+    }
+
     fn at(&self, offset: u64, len: usize) -> io::Result<NonNull<u8>> {
         let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
         let offset = usize::try_from(offset).map_err(|_| invalid())?;
@@ -215,6 +257,16 @@ mod tests {
         mapping.write(12, &[1, 2, 3, 4]).unwrap();
         mapping.write(8, &[9]).unwrap();
         assert_eq!(mapping.word(8).unwrap(), 0x0403_0201_5566_7709);
+    }
+
+    #[test]
+    fn four_bytes_are_accessed_wherever_they_begin() {
+        let mapping = of_a_file(0x100);
+        mapping.write_anywhere(5, 0x0403_0201).unwrap();
+        assert_eq!(mapping.word(0).unwrap(), 0x0302_0100_0000_0000);
+        assert_eq!(mapping.read_anywhere(5).unwrap(), 0x0403_0201);
+        assert!(mapping.read_anywhere(0xfd).is_err());
+        assert!(mapping.write_anywhere(u64::MAX, 0).is_err());
     }
 
     #[test]

@@ -37,14 +37,19 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Where it is now.
+    /// Where it is.
     pub fn address(&self) -> anyhow::Result<u64> {
+        Ok(self.function.placed(self.bar)?.0)
+    }
+
+    /// Where its registers say that it is.
+    pub fn address_in_registers(&self) -> anyhow::Result<u64> {
         self.function.address(self.bar)
     }
 
     /// The memory, as the processor sees it there.
     pub fn memory(&self) -> anyhow::Result<Arc<Mapping>> {
-        self.function.memory(self.bar)
+        Ok(self.function.placed(self.bar)?.1)
     }
 
     fn fill(&self, at: u64, seed: u64) -> anyhow::Result<()> {
@@ -222,6 +227,13 @@ impl Cast {
             );
         }
         Ok(json!({ "address": address, "read": received.word(0)? }))
+    }
+
+    /// Sends what is in RAM to an address, whoever may be there.
+    pub fn send(&mut self, to: u64) -> anyhow::Result<()> {
+        let sent = self.sent()?;
+        self.engine.copy(sent.start(), Iova::new(to), LEN)?;
+        Ok(())
     }
 
     /// The peer of that function, with a file of its own: after it was removed and found again, the

@@ -20,14 +20,15 @@ const FOUR_GIB: u64 = 1 << 32;
 
 /// Free places for a BAR, aligned and as large, each in another part of a window: at most one near
 /// the start and one near the end of each window of the function's bus, none that holds now what
-/// anybody's registers point at.
+/// anybody's registers point at, or what is `spoken_for`.
 pub fn free_places(
     function: &Function,
     bar: Bar,
     everybody: &[impl AsRef<Function>],
+    spoken_for: &[Range<u64>],
 ) -> anyhow::Result<Vec<u64>> {
     let iomem = fs::read_to_string("/proc/iomem").context("reading /proc/iomem")?;
-    let mut taken = Vec::new();
+    let mut taken = spoken_for.to_vec();
     for other in everybody.iter().map(AsRef::as_ref) {
         for bar in other.bars() {
             let start = other.address(*bar)?;
@@ -35,6 +36,22 @@ pub fn free_places(
         }
     }
     Ok(places(&iomem, function.bus(), bar, &taken))
+}
+
+/// Where config space is by address.
+pub fn ecam() -> anyhow::Result<Range<u64>> {
+    let iomem = fs::read_to_string("/proc/iomem").context("reading /proc/iomem")?;
+    let mut resources = iomem.lines().filter_map(read);
+    let ecam = resources.find(|resource| resource.name.starts_with("PCI ECAM"));
+    Ok(ecam.context("the kernel knows no ECAM")?.range)
+}
+
+/// Where RAM is.
+pub fn ram() -> anyhow::Result<Vec<Range<u64>>> {
+    let iomem = fs::read_to_string("/proc/iomem").context("reading /proc/iomem")?;
+    let resources = iomem.lines().filter_map(read);
+    let ram = resources.filter(|resource| resource.name == "System RAM");
+    Ok(ram.map(|resource| resource.range).collect())
 }
 
 fn places(iomem: &str, bus: &str, bar: Bar, taken: &[Range<u64>]) -> Vec<u64> {

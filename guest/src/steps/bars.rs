@@ -14,7 +14,7 @@ use crate::report::Findings;
 pub fn nobody(cast: &mut Cast) -> anyhow::Result<Findings> {
     let mut nobody = Vec::new();
     for peer in cast.peers.clone() {
-        for place in free_places(&peer.function, peer.bar, &cast.functions)? {
+        for place in free_places(&peer.function, peer.bar, &cast.functions, &[])? {
             nobody.push(cast.prove_nobody(place)?);
         }
     }
@@ -28,7 +28,7 @@ pub fn moved_by_hand(cast: &mut Cast, times: u64) -> anyhow::Result<Findings> {
     let mut moves = Vec::new();
     for _ in 0..times {
         for peer in cast.peers.clone() {
-            for (number, place) in free_places(&peer.function, peer.bar, &cast.functions)?
+            for (number, place) in free_places(&peer.function, peer.bar, &cast.functions, &[])?
                 .into_iter()
                 .enumerate()
             {
@@ -51,7 +51,7 @@ fn move_one(cast: &mut Cast, peer: &Peer, to: u64, decoding: bool) -> anyhow::Re
     }
     peer.function.set_address(peer.bar, to)?;
     peer.function.set_command(MEMORY, 0)?;
-    let now = peer.address()?;
+    let now = peer.address_in_registers()?;
     ensure!(
         now == to,
         "{} was written {to:#x} and reads {now:#x}",
@@ -77,7 +77,7 @@ pub fn removed_and_found(cast: &mut Cast) -> anyhow::Result<Findings> {
             continue;
         };
         // The kernel tends to put it where it was: so that was somewhere else.
-        let places = free_places(&peer.function, peer.bar, &cast.functions)?;
+        let places = free_places(&peer.function, peer.bar, &cast.functions, &[])?;
         if let Some(place) = places.last() {
             peer.function.set_address(peer.bar, *place)?;
         }

@@ -1,8 +1,10 @@
 //! The steps, by name.
 
 mod bars;
+mod hostile;
 mod machine;
 mod nvme;
+mod race;
 mod resets;
 
 use std::time::Instant;
@@ -130,6 +132,8 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
         "nobody" => bars::nobody(cast),
         "move" => bars::moved_by_hand(cast, number.unwrap_or(1)),
         "rescan" => bars::removed_and_found(cast),
+        "race" => race::moves_and_transfers(cast, number.unwrap_or(10)),
+        "hostile" => hostile::nonsense(cast, number.unwrap_or(100_000)),
         "flr" => resets::by_register(cast),
         "reset" => resets::by_the_kernel(cast),
         "nvme-peer" => nvme::to_and_from_a_peer(cast),

@@ -233,7 +233,7 @@ pub fn to_and_from_a_peer(cast: &mut Cast) -> anyhow::Result<Findings> {
         // To where nobody is: the peer keeps what it has, whatever the controller says of it.
         let seed = cast.new_seed();
         fill(seed)?;
-        let places = free_places(&peer.function, peer.bar, &cast.functions)?;
+        let places = free_places(&peer.function, peer.bar, &cast.functions, &[])?;
         let nobody = places.first().context("no window has a free place")?;
         let told = nvme.read(READ.start / BLOCK, Iova::new(nobody + WHERE), LEN);
         let told = told.map_or_else(|error| error.to_string(), |()| "done".to_owned());
