@@ -81,6 +81,10 @@ pub struct Spec {
     pub boot_limit: Duration,
     /// Whether the logs stay when all went well, too.
     pub keep_logs: bool,
+    /// Whether its clock counts its processor's instructions, each as a nanosecond, instead of
+    /// time. What its programs take for times are then numbers of instructions, the same ones
+    /// however busy this machine is; what its devices do takes no time.
+    pub counts_instructions: bool,
 }
 
 impl Default for Spec {
@@ -97,6 +101,7 @@ impl Default for Spec {
             memory: "2G".to_owned(),
             boot_limit: Duration::from_secs(120),
             keep_logs: false,
+            counts_instructions: false,
         }
     }
 }
@@ -151,6 +156,9 @@ impl Spec {
         ]
         .map(OsString::from)
         .into();
+        if self.counts_instructions {
+            arguments.extend(["-icount", "shift=0,sleep=off"].map(OsString::from));
+        }
         for (option, path) in [
             ("-kernel", image.to_owned()),
             ("-initrd", directory.initramfs()),
@@ -214,6 +222,22 @@ mod tests {
         assert!(at("memory-backend-memfd") < at("ivshmem-plain"));
         assert!(at("id=disk0") < at("ivshmem-plain"));
         assert!(at("aw-bits=39") == at("intel-iommu"));
+    }
+
+    #[test]
+    fn instructions_are_counted_only_if_wanted() {
+        let directory = RunDirectory::new().unwrap();
+        for counts_instructions in [false, true] {
+            let spec = Spec {
+                counts_instructions,
+                ..Spec::default()
+            };
+            let arguments = spec.arguments(&directory, Path::new("/k"));
+            assert_eq!(
+                arguments.iter().any(|a| a == "-icount"),
+                counts_instructions
+            );
+        }
     }
 
     #[test]

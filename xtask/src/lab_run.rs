@@ -26,6 +26,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         files: guest_files(&args.files)?,
         memory: args.memory.clone(),
         keep_logs: args.keep_logs,
+        counts_instructions: args.count_instructions,
         ..Spec::default()
     };
     let programs = guest_programs::build()?;

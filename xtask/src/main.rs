@@ -108,6 +108,11 @@ struct RunArgs {
     /// How long the command may take, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u64,
+    /// Have the machine's clock count instructions, each as a nanosecond, instead of time: what
+    /// programs in it measure is then the same however busy this machine is. What its devices do,
+    /// its IOMMU among them, takes no time.
+    #[arg(long)]
+    count_instructions: bool,
     /// Keep the machine's logs (console, QEMU, traces) even if all goes well, and say where.
     #[arg(long)]
     keep_logs: bool,

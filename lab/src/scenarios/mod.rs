@@ -25,6 +25,7 @@ mod p2p_run;
 
 pub mod bad_input;
 pub mod contract_suite;
+pub mod guest_moves;
 pub mod guest_program;
 pub mod hotplug;
 pub mod iommufd_bad_input;
@@ -229,6 +230,7 @@ pub fn all() -> Vec<&'static Scenario> {
         iommufd_contract::SCENARIOS,
         resets::SCENARIOS,
         hotplug::SCENARIOS,
+        guest_moves::SCENARIOS,
         nvme::SCENARIOS,
         bad_input::SCENARIOS,
         iommufd_bad_input::SCENARIOS,
