@@ -109,6 +109,7 @@ pub struct Bench {
     /// See [`Parts::time_limit`].
     pub(crate) time_limit: Duration,
     function: Arc<dyn HostFunction>,
+    engine_function: Option<Arc<dyn HostFunction>>,
     access: Arc<dyn RamAccess>,
     bar: Mapped,
     ram: RegionId,
@@ -210,6 +211,7 @@ impl Bench {
             time_limit: parts.time_limit,
             engine: parts.engine.as_ref().and_then(find_engine),
             function: parts.nvme,
+            engine_function: parts.engine,
             access: parts.access,
             bar,
             ram,
@@ -228,6 +230,11 @@ impl Bench {
     /// The controller.
     pub(crate) fn function(&self) -> Arc<dyn HostFunction> {
         Arc::clone(&self.function)
+    }
+
+    /// The other engine's function.
+    pub(crate) fn engine_function(&self) -> Option<Arc<dyn HostFunction>> {
+        self.engine_function.clone()
     }
 
     /// Reads RAM.

@@ -8,6 +8,11 @@ use super::guest_cases::{
     a_bar_under_another_is_reached_around_it, a_bar_under_ram_is_reached_around_it,
     ram_is_copied_while_a_peers_bar_moves,
 };
+use super::interrupt_cases::{
+    a_controllers_completions_signal_their_vector, an_interrupt_needs_bus_mastering,
+    the_table_is_the_hosts, vectors_are_added_if_the_host_says_so,
+    vectors_are_lent_as_the_devices_have_them, vectors_that_there_are_not_are_refused,
+};
 use crate::verdict::{other, same};
 use crate::{CaseResult, Complaint, Verdict};
 
@@ -99,6 +104,12 @@ pub fn cases() -> Vec<Case> {
         the_memory_buffer_is_reached_by_an_engine,
         a_memory_buffer_that_is_not_mapped_is_not_reached,
         queues_that_are_not_mapped_are_an_error,
+        vectors_are_lent_as_the_devices_have_them,
+        a_controllers_completions_signal_their_vector,
+        vectors_are_added_if_the_host_says_so,
+        vectors_that_there_are_not_are_refused,
+        an_interrupt_needs_bus_mastering,
+        the_table_is_the_hosts,
     ]
 }
 

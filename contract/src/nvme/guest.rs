@@ -121,7 +121,10 @@ impl Guest {
         };
         let assign = |host: &Arc<dyn HostFunction>, hides: bool| {
             let priority = Priority(hides.into());
-            let options = FunctionOptions { priority };
+            let options = FunctionOptions {
+                priority,
+                ..FunctionOptions::default()
+            };
             AssignedFunction::new(Arc::clone(host), map.clone(), &options)
                 .map(Arc::new)
                 .map_err(|error| broken(&error))

@@ -109,7 +109,10 @@ impl Assembly {
         }
         let mut members = Vec::new();
         for (device, part) in args.device.iter().zip(opened.functions) {
-            let options = FunctionOptions::default();
+            let options = FunctionOptions {
+                interrupts: Some(Arc::new(vm.interrupts().clone())),
+                ..FunctionOptions::default()
+            };
             let function = Arc::new(AssignedFunction::new(part.host, map.clone(), &options)?);
             let switch = switches.get(part.space).context("no such address space")?;
             switch.add(&function);
