@@ -126,8 +126,10 @@ fn simulated_host_does_what_is_expected() {
                 disk: disk(shift),
                 ..sim(iommufd)
             };
-            let results = tried(&sim);
-            assert_eq!(results.len(), all().len());
+            // To a guest that moves BARs, one size of blocks is as good as another.
+            let chosen = if shift == 9 { all() } else { cases() };
+            let results = run(&sim, &chosen, &mut |_| {});
+            assert_eq!(results.len(), chosen.len());
             for result in &results {
                 assert_eq!(result.verdict, Ok(()), "{}", result.name);
             }
