@@ -104,6 +104,21 @@ impl IommufdHost for Sim {
     }
 }
 
+impl SimBench {
+    fn function(&self, function: Function) -> &Arc<SimFunction> {
+        match function {
+            Function::Engine => &self.edu,
+            Function::Memory => &self.peer,
+        }
+    }
+
+    fn known(&self, ioas: &Arc<dyn IoAddressSpace>) -> Arc<SimIoas> {
+        let spares = self.spares.borrow();
+        let mut known = spares.iter().chain([&self.ioas]);
+        Arc::clone(known.find(|known| known.id() == ioas.id()).unwrap())
+    }
+}
+
 impl Bench for SimBench {
     fn ioas(&self) -> Arc<dyn IoAddressSpace> {
         Arc::clone(&self.ioas) as Arc<dyn IoAddressSpace>
@@ -121,20 +136,15 @@ impl Bench for SimBench {
     }
 
     fn attach(&self, function: Function, ioas: &Arc<dyn IoAddressSpace>) -> io::Result<()> {
-        let spares = self.spares.borrow();
-        let mut known = spares.iter().chain([&self.ioas]);
-        let found = known.find(|known| known.id() == ioas.id()).unwrap();
-        match function {
-            Function::Engine => found.attach(&self.edu),
-            Function::Memory => found.attach(&self.peer),
-        }
+        self.known(ioas).attach(self.function(function))
+    }
+
+    fn attach_group(&self, function: Function, ioas: &Arc<dyn IoAddressSpace>) -> io::Result<()> {
+        self.known(ioas).attach_group(self.function(function))
     }
 
     fn detach(&self, function: Function) -> io::Result<()> {
-        let function = match function {
-            Function::Engine => &self.edu,
-            Function::Memory => &self.peer,
-        };
+        let function = self.function(function);
         for ioas in self.spares.borrow().iter().chain([&self.ioas]) {
             ioas.detach(function);
         }

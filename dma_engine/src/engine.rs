@@ -48,9 +48,10 @@ pub trait DmaEngine: Send {
         copy_in_pieces(self, from, to, len)
     }
 
-    /// Puts back what transfers have changed beside the bus, such as blocks of a disk. It wants to
-    /// be called while what the engine was lent is still mapped; afterwards the buffer's contents
-    /// are undefined, and the next transfer begins anew.
+    /// Puts back what transfers have changed beside the bus, such as blocks of a disk, and stops
+    /// the engine. It wants to be called while what the engine was lent is still mapped, and before
+    /// its function is reset; afterwards nothing of that is accessed, the buffer's contents are
+    /// undefined, and the next transfer begins anew.
     ///
     /// # Errors
     /// See [`EngineError`]; it can then be tried again.
@@ -165,6 +166,19 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Whether the engine cannot be asked for such a transfer at all, because of its length or its
+    /// addresses. Nothing was moved then, and that says nothing of the bus.
+    #[must_use]
+    pub fn is_of_the_request(&self) -> bool {
+        matches!(
+            self,
+            Self::Length { .. }
+                | Self::OutOfReach { .. }
+                | Self::Range { .. }
+                | Self::Nvme(NvmeError::Length { .. } | NvmeError::Address { .. })
+        )
+    }
+
     /// Whether this is how an engine tells that it could not access the bus: a transfer that it
     /// ended with an error of that kind, or queues in memory that it does not reach, so that it
     /// fails or falls silent.

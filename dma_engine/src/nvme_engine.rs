@@ -219,7 +219,8 @@ impl DmaEngine for NvmeEngine {
     }
 
     fn finish(&mut self) -> Result<(), EngineError> {
-        Ok(self.put_back()?)
+        self.put_back()?;
+        Ok(self.nvme.rest()?)
     }
 }
 

@@ -89,6 +89,61 @@ fn the_disk_is_put_back_after_a_failure_too() {
 }
 
 #[test]
+fn a_finished_engine_leaves_memory_alone_and_begins_anew() {
+    let rig = rig();
+    let before = rig.disk_at(0, SIZE);
+    let mut engine = engine(&rig, "8..16");
+    // Never started: there is nothing to stop, and nothing is accessed.
+    engine.finish().unwrap();
+    for _ in 0..2 {
+        engine
+            .copy(Iova::new(RAM), Iova::new(BAR + 0x1000), 4096)
+            .unwrap();
+        assert!(rig.is_enabled());
+        engine.finish().unwrap();
+        assert!(!rig.is_enabled());
+        assert_eq!(rig.disk_at(0, SIZE), before);
+    }
+    rig.ensure_clean();
+}
+
+#[test]
+fn a_controller_that_somebody_else_reset_says_so_at_once_and_is_used_again() {
+    let rig = rig();
+    let before = rig.disk_at(0, SIZE);
+    // Nobody waits that long.
+    let limit = Duration::from_secs(3600);
+    let mut engine = NvmeEngine::new(rig.function(), rig.lent(), "8..16".parse().unwrap())
+        .with_time_limit(limit);
+    let copy = |engine: &mut NvmeEngine| engine.copy(Iova::new(RAM), Iova::new(BAR), 4096);
+    copy(&mut engine).unwrap();
+    rig.disable();
+    let error = copy(&mut engine).unwrap_err();
+    assert!(
+        matches!(error, EngineError::Nvme(NvmeError::NotReady { .. })),
+        "{error}"
+    );
+    assert!(error.is_of_the_bus(), "no data moved");
+    copy(&mut engine).unwrap();
+    drop(engine);
+    assert_eq!(rig.disk_at(0, SIZE), before);
+}
+
+#[test]
+fn what_an_engine_cannot_be_asked_is_no_error_of_the_bus() {
+    let rig = rig();
+    let mut engine = engine(&rig, "8..16");
+    for (to, len) in [(BAR, 4), (BAR, 0), (BAR + 2, 512)] {
+        let error = engine.store(Iova::new(to), len).unwrap_err();
+        assert!(error.is_of_the_request(), "{error}");
+        assert!(!error.is_of_the_bus(), "{error}");
+    }
+    rig.unmap_bar();
+    let error = engine.store(Iova::new(BAR), 4096).unwrap_err();
+    assert!(!error.is_of_the_request(), "{error}");
+}
+
+#[test]
 fn nothing_is_written_without_scratch_blocks_that_exist() {
     let rig = rig();
     let before = rig.disk_at(0, SIZE);

@@ -35,6 +35,18 @@
 //!    layout.
 
 pub mod acpi;
+mod board;
 pub mod boot;
+mod chipset;
+mod function;
+mod hardware;
+pub mod kvm;
 pub mod layout;
+mod notices;
+pub mod pci;
 pub mod platform;
+
+pub use board::{Access, Board};
+pub use chipset::{Chipset, Line, Request};
+pub use hardware::{Asked, Hardware, HardwareError};
+pub use notices::Notices;

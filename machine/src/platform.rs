@@ -27,6 +27,14 @@ pub const EVENT_POWER_BUTTON: u8 = 1;
 /// The global system interrupt of ACPI's generic event device, edge-triggered.
 pub const EVENT_GSI: u32 = 5;
 
+/// Where a guest's kernel says that it has panicked (QEMU's pvpanic device, `QEMU0001` in ACPI): one
+/// byte.
+pub const PANIC_PORT: u16 = 0x505;
+/// What it writes there: panicked; and panicked, with a kernel of its own to load for that.
+pub const PANIC_EVENTS: u8 = 0b11;
+/// The bit of [`PANIC_EVENTS`] that says that nothing comes after it.
+pub const PANICKED: u8 = 0b01;
+
 /// The port through which old software resets a PC (the keyboard controller's command port).
 pub const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 /// What it writes there: pulse the reset line.

@@ -100,35 +100,36 @@ impl State {
         Ok(limits)
     }
 
-    /// Attaches a function, which is detached first if it is attached to something else.
+    /// Attaches a function. If it is attached to something else, that is replaced, for all of its
+    /// group; `alone` refuses that where there are others.
     pub fn attach(
         &mut self,
         spec: &HostSpec,
         key: IoasKey,
         function: &Arc<str>,
+        alone: bool,
     ) -> Result<(), Errno> {
         let id = *self.functions.get(function).ok_or(Errno::new(ENODEV))?;
         let reserved = self.reserved(spec, id);
-        let now = self.groups.get(&id).and_then(|group| group.ioas);
-        if let Some(now) = now.filter(|now| *now != key) {
-            self.detach(now, function);
-        }
         let group = self.groups.get(&id).ok_or(Errno::new(ENODEV))?;
         if group.container.is_some() {
             return refused(EBUSY);
         }
         let table = self.ioas(key)?;
-        match group.ioas {
-            Some(already) if already == key => {}
-            Some(_) => return refused(EINVAL),
-            None => {
-                table.check_device(&reserved, spec.page())?;
-                if !self.is_attached(key) {
-                    for area in table.areas() {
-                        area.pages.fill()?;
-                    }
-                    self.check_locked_with(Some(key), None)?;
+        if group.ioas != Some(key) {
+            // Who joins a group that is attached has to be where that is.
+            let moves = group.attached.contains(function);
+            let others = group.attached.len() > usize::from(moves);
+            if group.ioas.is_some() && (!moves || (alone && others)) {
+                return refused(EINVAL);
+            }
+            table.check_device(&reserved, spec.page())?;
+            // What is there is pinned before what was is let go.
+            if !self.is_attached(key) {
+                for area in table.areas() {
+                    area.pages.fill()?;
                 }
+                self.check_locked_with(Some(key), None)?;
             }
         }
         if let Some(group) = self.groups.get_mut(&id) {

@@ -95,22 +95,36 @@ impl fmt::Display for SimIoas {
 
 impl SimIoas {
     /// Attaches a function (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`). If it is attached to another
-    /// address space, it is detached from that first, as `vfio_sys` does it.
+    /// address space, that is replaced in one step.
     ///
     /// # Errors
     /// `EBUSY` where its group is in a container; `EINVAL` where another function of its group is
-    /// attached to another address space, or something that is mapped cannot be pinned; `ENOMEM`
-    /// past the limit on locked memory; `EADDRINUSE` where something is mapped or promised in
-    /// what the function reserves. It is attached to nothing else then.
+    /// attached to another address space, or would move along (which is `vfio_sys`'s refusal, not
+    /// the kernel's), or something that is mapped cannot be pinned; `ENOMEM` past the limit on
+    /// locked memory; `EADDRINUSE` where something is mapped or promised in what the function
+    /// reserves. Nothing has changed then.
     pub fn attach(&self, function: &SimFunction) -> io::Result<()> {
+        self.attach_or_move(function, true)
+    }
+
+    /// The same for all functions of its group that are attached.
+    ///
+    /// # Errors
+    /// As for [`attach`](Self::attach); nobody is in the way of moving along.
+    pub fn attach_group(&self, function: &SimFunction) -> io::Result<()> {
+        self.attach_or_move(function, false)
+    }
+
+    fn attach_or_move(&self, function: &SimFunction, alone: bool) -> io::Result<()> {
         let host = &self.0.host;
         host.call(Call::IoasAttach, &self.0.label, None, || {
             let mut state = host.0.state.write();
-            Ok(state.attach(&host.0.spec, self.0.key, &function.name)?)
+            Ok(state.attach(&host.0.spec, self.0.key, &function.name, alone)?)
         })
     }
 
-    /// Detaches a function (`VFIO_DEVICE_DETACH_IOMMUFD_PT`): it reaches nothing any more.
+    /// Detaches a function (`VFIO_DEVICE_DETACH_IOMMUFD_PT`): with the last one of its group that
+    /// is attached, all of that reach nothing any more.
     pub fn detach(&self, function: &SimFunction) {
         let mut state = self.0.host.0.state.write();
         state.detach(self.0.key, &function.name);

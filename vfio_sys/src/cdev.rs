@@ -14,11 +14,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
+use crate::attachment::Binding;
 use crate::{
-    Bdf, CdevError, Device, Ioas, Iommufd, IommufdError, KernelVersion, OpenError, Sysfs,
-    device_ioctls,
+    Bdf, CdevError, Device, Iommufd, IommufdError, KernelVersion, OpenError, Sysfs, device_ioctls,
 };
 
 /// A device's file, such as `/dev/vfio/devices/vfio0`, open and not bound yet (Linux 6.6).
@@ -26,6 +24,7 @@ use crate::{
 pub struct Cdev {
     file: File,
     name: String,
+    group: Option<u32>,
 }
 
 impl Cdev {
@@ -42,13 +41,24 @@ impl Cdev {
         Ok(Self::from_fd(file.into(), name))
     }
 
-    /// Takes over one that someone else opened, and nobody has bound.
+    /// Takes over one that someone else opened, and nobody has bound. Say in which
+    /// [group](Self::in_group) it is if you know.
     #[must_use]
     pub fn from_fd(fd: OwnedFd, name: impl Into<String>) -> Self {
         Self {
             file: fd.into(),
             name: name.into(),
+            group: None,
         }
+    }
+
+    /// Says that its device is in the IOMMU group of that number, as sysfs numbers them.
+    /// [`Sysfs::open_cdev`] has said so already. Only what is known to be in one group is moved
+    /// from one address space to another [in one step](Device::attach).
+    #[must_use]
+    pub const fn in_group(mut self, number: u32) -> Self {
+        self.group = Some(number);
+        self
     }
 
     /// Binds it to an iommufd (`VFIO_DEVICE_BIND_IOMMUFD`): from then on it is open, and its
@@ -57,19 +67,13 @@ impl Cdev {
     /// # Errors
     /// [`CdevError::Bind`]; [`CdevError::Info`] where the kernel then tells nothing of it.
     pub fn bind(self, iommufd: Arc<Iommufd>) -> Result<Device, CdevError> {
-        let Self { file, name } = self;
+        let Self { file, name, group } = self;
         let id = match device_ioctls::bind_iommufd(file.as_fd(), iommufd.as_fd()) {
             Ok(id) => id,
             Err(source) => return Err(CdevError::Bind { name, source }),
         };
         let file = Arc::new(file);
-        let binding = Binding {
-            file: Arc::clone(&file),
-            name,
-            iommufd,
-            id,
-            attached: Mutex::new(None),
-        };
+        let binding = Binding::new(Arc::clone(&file), name, iommufd, id, group);
         Device::bound(file, binding)
     }
 }
@@ -77,106 +81,6 @@ impl Cdev {
 impl AsFd for Cdev {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
-    }
-}
-
-/// What a device that is bound to an iommufd holds of it.
-#[derive(Debug)]
-pub(crate) struct Binding {
-    /// The device's own file.
-    file: Arc<File>,
-    pub(crate) name: String,
-    iommufd: Arc<Iommufd>,
-    id: u32,
-    attached: Mutex<Option<Arc<Ioas>>>,
-}
-
-impl Drop for Binding {
-    fn drop(&mut self) {
-        // The device's file may stay open for its mappings, and with it the attachment, which
-        // would keep the address space. Nothing better can be done should this fail: the kernel
-        // detaches it when the file is closed.
-        if self.attached.get_mut().is_some() {
-            let _ = device_ioctls::detach_iommufd_pt(self.file.as_fd());
-        }
-    }
-}
-
-impl Device {
-    /// The iommufd that it is bound to; none for a device that was opened by its group.
-    #[must_use]
-    pub fn iommufd(&self) -> Option<&Arc<Iommufd>> {
-        self.binding().map(|binding| &binding.iommufd)
-    }
-
-    /// Its id in that iommufd.
-    #[must_use]
-    pub fn iommufd_device_id(&self) -> Option<u32> {
-        self.binding().map(|binding| binding.id)
-    }
-
-    /// The address space that it is attached to, if it is.
-    #[must_use]
-    pub fn ioas(&self) -> Option<Arc<Ioas>> {
-        self.binding()?.attached.lock().clone()
-    }
-
-    /// Attaches it to an address space of its iommufd, whose mappings it then reaches
-    /// (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`). What the address space allows may shrink: ask for its
-    /// [`ranges`](Ioas::ranges) again.
-    ///
-    /// If it is attached to another one, it is detached from that first. The kernel would replace
-    /// the one by the other in one step, but for all devices of the IOMMU group, whose own handles
-    /// would not know of it.
-    ///
-    /// # Errors
-    /// [`CdevError::Attach`]: `EADDRINUSE` where something is mapped, or promised to be allowed,
-    /// where the device reserves addresses; `EINVAL` where another device of its group is
-    /// attached to another address space; `ENOMEM` where what is mapped cannot be pinned.
-    /// [`CdevError::OtherIommufd`]. It is attached to nothing else then.
-    pub fn attach(&self, ioas: Arc<Ioas>) -> Result<(), CdevError> {
-        let Some(binding) = self
-            .binding()
-            .filter(|binding| Arc::ptr_eq(&binding.iommufd, ioas.iommufd()))
-        else {
-            let name = self.binding().map(|binding| binding.name.clone());
-            return Err(CdevError::OtherIommufd {
-                name: name.unwrap_or_else(|| "the device".to_owned()),
-            });
-        };
-        let mut attached = binding.attached.lock();
-        let refused = |source| CdevError::Attach {
-            name: binding.name.clone(),
-            source,
-        };
-        match &*attached {
-            Some(now) if Arc::ptr_eq(now, &ioas) => return Ok(()),
-            Some(_) => {
-                device_ioctls::detach_iommufd_pt(self.as_fd()).map_err(refused)?;
-                *attached = None;
-            }
-            None => {}
-        }
-        device_ioctls::attach_iommufd_pt(self.as_fd(), ioas.id().raw()).map_err(refused)?;
-        *attached = Some(ioas);
-        Ok(())
-    }
-
-    /// Detaches it: it reaches nothing by DMA any more (`VFIO_DEVICE_DETACH_IOMMUFD_PT`).
-    /// Detaching what is not attached does nothing.
-    ///
-    /// # Errors
-    /// The kernel's errno.
-    pub fn detach(&self) -> io::Result<()> {
-        let Some(binding) = self.binding() else {
-            return Ok(());
-        };
-        let mut attached = binding.attached.lock();
-        if attached.is_some() {
-            device_ioctls::detach_iommufd_pt(self.as_fd())?;
-            *attached = None;
-        }
-        Ok(())
     }
 }
 
@@ -232,7 +136,9 @@ impl Sysfs {
     /// # Errors
     /// As for [`cdev_path`](Self::cdev_path) and [`Cdev::open`].
     pub fn open_cdev(&self, bdf: Bdf) -> Result<Cdev, CdevError> {
-        Cdev::open(&self.cdev_path(bdf)?, bdf.to_string())
+        let cdev = Cdev::open(&self.cdev_path(bdf)?, bdf.to_string())?;
+        let group = self.function(bdf)?.group;
+        Ok(Cdev { group, ..cdev })
     }
 }
 

@@ -14,7 +14,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_CAPS, VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, vfio_device_info,
 };
 
-use crate::cdev::Binding;
+use crate::attachment::Binding;
 use crate::info_chain::{ChainError, InfoBuffer, InfoError, InfoLayout};
 use crate::region::{self, Region, RegionIndex, RegionInfo};
 use crate::{CdevError, ioctls};

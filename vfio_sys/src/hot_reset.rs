@@ -72,6 +72,20 @@ impl HotResetInfo {
             all_owned: flags & VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED != 0,
         })
     }
+
+    /// The functions for which the kernel refuses a hot reset to somebody who holds the groups
+    /// `groups`, by number: those of other groups, or of other iommufds. For a device that was
+    /// opened by its character device, `groups` is of no account.
+    #[must_use]
+    pub fn strangers(&self, groups: &[u32]) -> Vec<Bdf> {
+        let strange = |dependent: &&ResetDependent| match dependent.owner {
+            ResetOwner::Group(group) => !groups.contains(&group),
+            ResetOwner::Bound(_) | ResetOwner::Owned => false,
+            ResetOwner::NotOwned => true,
+        };
+        let strangers = self.dependents.iter().filter(strange);
+        strangers.map(|dependent| dependent.bdf).collect()
+    }
 }
 
 fn owner(flags: u32, id: u32) -> ResetOwner {
@@ -182,6 +196,31 @@ mod tests {
         assert!(!info.all_owned);
         let info = HotResetInfo::parse(&[20, 3, 1, 5, place(0, 1, 0)]).unwrap();
         assert!(info.all_owned);
+    }
+
+    #[test]
+    fn strangers_are_those_of_other_groups_or_other_iommufds() {
+        let strangers = |words: &[u32], groups: &[u32]| -> Vec<String> {
+            let info = HotResetInfo::parse(words).unwrap();
+            let strangers = info.strangers(groups).into_iter();
+            strangers.map(|bdf| bdf.to_string()).collect()
+        };
+        let by_group = [28, 0, 2, 7, place(0, 1, 0), 8, place(0, 1, 1)];
+        assert_eq!(strangers(&by_group, &[7]), ["0000:01:00.1"]);
+        assert!(strangers(&by_group, &[8, 7]).is_empty());
+        let by_file = [
+            36,
+            1,
+            3,
+            5,
+            place(0, 1, 0),
+            0,
+            place(0, 1, 1),
+            u32::MAX,
+            place(0, 1, 2),
+        ];
+        assert_eq!(strangers(&by_file, &[]), ["0000:01:00.2"]);
+        assert!(strangers(&[28, 3, 2, 5, place(0, 1, 0), 0, place(0, 1, 1)], &[]).is_empty());
     }
 
     #[test]

@@ -4,15 +4,20 @@
 //! [`Device`](crate::Device)) holds it, so it is closed last. The kernel, too, keeps its context
 //! until the last bound device's file is closed.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use iommufd_bindings::iommufd::{
     iommufd_option_IOMMU_OPTION_RLIMIT_MODE, iommufd_option_ops_IOMMU_OPTION_OP_GET,
 };
 
+use parking_lot::Mutex;
+
+use crate::attachment::GroupAttachment;
 use crate::{IommufdError, KernelVersion, iommufd_ioctls};
 
 /// Names an open iommufd in this process. Never used again.
@@ -36,6 +41,8 @@ impl IommufdId {
 pub struct Iommufd {
     file: File,
     id: IommufdId,
+    /// What the devices of each IOMMU group are attached to, as long as one of them is bound.
+    groups: Mutex<BTreeMap<u32, Weak<GroupAttachment>>>,
 }
 
 pub(crate) const OP_GET: u16 = {
@@ -69,7 +76,24 @@ impl Iommufd {
         Ok(Self {
             file: fd.into(),
             id: IommufdId::fresh(),
+            groups: Mutex::default(),
         })
+    }
+
+    /// What the devices of an IOMMU group share; of one whose number is not known, what nobody
+    /// else has.
+    pub(crate) fn group(&self, number: Option<u32>) -> Arc<GroupAttachment> {
+        let Some(number) = number else {
+            return GroupAttachment::of_one();
+        };
+        let mut groups = self.groups.lock();
+        groups.retain(|_, group| group.strong_count() > 0);
+        if let Some(group) = groups.get(&number).and_then(Weak::upgrade) {
+            return group;
+        }
+        let group = GroupAttachment::of_all();
+        groups.insert(number, Arc::downgrade(&group));
+        group
     }
 
     /// Its name in this process.
@@ -115,6 +139,22 @@ mod tests {
             panic!("{error:?}");
         };
         assert_eq!(source.raw_os_error(), Some(libc::ENOTTY));
+    }
+
+    #[test]
+    fn devices_of_one_group_share_what_they_are_attached_to() {
+        let iommufd = Iommufd {
+            file: File::open("/dev/null").unwrap(),
+            id: IommufdId::fresh(),
+            groups: Mutex::default(),
+        };
+        let (one, two) = (iommufd.group(Some(7)), iommufd.group(Some(7)));
+        assert!(Arc::ptr_eq(&one, &two));
+        assert!(!Arc::ptr_eq(&one, &iommufd.group(Some(8))));
+        assert!(!Arc::ptr_eq(&iommufd.group(None), &iommufd.group(None)));
+        drop((one, two));
+        assert_eq!(iommufd.group(Some(9)).members(), [""; 0]);
+        assert_eq!(iommufd.groups.lock().len(), 1, "only the last one is kept");
     }
 
     #[test]

@@ -143,6 +143,19 @@ pub enum CdevError {
         #[source]
         source: io::Error,
     },
+    /// Others of its IOMMU group are attached to the address space that it is to leave, and the
+    /// kernel would move them along. Nothing has changed.
+    #[error(
+        "{name} is in one IOMMU group with {}, which would move along to the other address space: \
+         move all of them at once (attach_group), or detach them first",
+        others.join(", ")
+    )]
+    GroupWouldMove {
+        /// The device's name.
+        name: String,
+        /// The names of those that would move along, sorted.
+        others: Vec<String>,
+    },
     /// The address space is another iommufd's, or the device is bound to none.
     #[error("{name} is not bound to the iommufd that the address space belongs to")]
     OtherIommufd {

@@ -51,6 +51,7 @@
 //! is logged.
 
 mod acs;
+mod attachment;
 mod bdf;
 mod cdev;
 mod container;

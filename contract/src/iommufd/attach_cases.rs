@@ -1,6 +1,6 @@
 //! Which devices may be attached to which address spaces, and what that changes.
 
-use libc::{EADDRINUSE, EINVAL};
+use libc::{EADDRINUSE, EINVAL, ENOMEM};
 use memory_map::Access;
 
 use super::cases::{Space, map_ram, map_ram_into, move_to, unmaps};
@@ -146,6 +146,98 @@ pub(crate) fn a_moved_device_reaches_what_is_mapped_there(bench: &mut dyn Bench)
     bench.engine().store(iova(2), 8)?;
     same("where it was", ram(bench, DESTINATION)?, [0; 8])?;
     same("where it is", ram(bench, 6 * PAGE)?, TEXT)
+}
+
+/// The engine, with two pages of RAM where it is, is to move to `there` and may not; it still
+/// reaches what it reached.
+fn stays_where_it_was(bench: &mut dyn Bench, there: &Space, errno: i32) -> Verdict {
+    two_pages(bench)?;
+    refused(bench.attach_group(Function::Engine, there), errno)?;
+    bench.engine().load(iova(0), 8)?;
+    bench.engine().store(iova(2), 8)?;
+    same("where it was", ram(bench, DESTINATION)?, TEXT)?;
+    same("the alignment", granted(there.ranges())?.alignment, 1)
+}
+
+pub(crate) fn a_device_stays_where_it_was_if_it_reserves_what_is_mapped_there(
+    bench: &mut dyn Bench,
+) -> Verdict {
+    let there = bench.alloc()?;
+    map_ram_into(bench, &there, range(MSI, PAGE)?, 6)?;
+    stays_where_it_was(bench, &there, EADDRINUSE)
+}
+
+pub(crate) fn a_device_stays_where_it_was_if_what_is_mapped_there_cannot_be_pinned(
+    bench: &mut dyn Bench,
+) -> Verdict {
+    let there = bench.alloc()?;
+    granted(there.map_file(pages(0, 1)?, bench.ram(), 1 << 40, Access::ReadWrite))?;
+    stays_where_it_was(bench, &there, EINVAL)
+}
+
+/// Two pages are locked where it is, and two would be there.
+pub(crate) fn a_device_leaves_only_when_all_is_pinned_where_it_goes(
+    bench: &mut dyn Bench,
+) -> Verdict {
+    let there = bench.alloc()?;
+    // What is mapped without a limit is not counted when it is pinned under one.
+    let limit = bench.limit_locked_memory(3 * PAGE)?;
+    map_ram_into(bench, &there, pages(0, 2)?, 6)?;
+    stays_where_it_was(bench, &there, ENOMEM)?;
+    drop(limit);
+    let _limit = bench.limit_locked_memory(4 * PAGE)?;
+    granted(bench.attach_group(Function::Engine, &there))
+}
+
+/// By itself if it is the only one of its group, and not at all if others would move along
+/// unasked.
+pub(crate) fn a_device_moves_by_itself_or_not_at_all(bench: &mut dyn Bench) -> Verdict {
+    two_pages(bench)?;
+    bench.ram_write(6 * PAGE, &[0; 8])?;
+    let (here, there) = (bench.ioas(), bench.alloc()?);
+    map_ram_into(bench, &there, pages(2, 1)?, 6)?;
+    bench.engine().load(iova(0), 8)?;
+    let moved = bench.attach(Function::Engine, &there);
+    let (stays, leaves) = ([0; 8], TEXT);
+    let (before, after) = if bench.share_a_group() {
+        refused(moved, EINVAL)?;
+        (leaves, stays)
+    } else {
+        granted(moved)?;
+        (stays, leaves)
+    };
+    bench.engine().store(iova(2), 8)?;
+    same("where it was", ram(bench, DESTINATION)?, before)?;
+    same("where it was to go", ram(bench, 6 * PAGE)?, after)?;
+    // The other one has not moved.
+    let attached = granted(here.ranges())?.alignment;
+    same("the alignment where it was", attached, PAGE)
+}
+
+pub(crate) fn a_group_moves_in_one_step(bench: &mut dyn Bench) -> Verdict {
+    two_pages(bench)?;
+    bench.ram_write(6 * PAGE, &[0; 8])?;
+    let (here, there) = (bench.ioas(), bench.alloc()?);
+    map_ram_into(bench, &there, pages(2, 1)?, 6)?;
+    bench.engine().load(iova(0), 8)?;
+    // The one without an engine takes the one with it along.
+    granted(bench.attach_group(Function::Memory, &there))?;
+    if !bench.share_a_group() {
+        granted(bench.attach_group(Function::Engine, &there))?;
+    }
+    bench.engine().store(iova(2), 8)?;
+    same("where it was", ram(bench, DESTINATION)?, [0; 8])?;
+    same("where it is", ram(bench, 6 * PAGE)?, TEXT)?;
+    // What they reserve went along.
+    same("the alignment", granted(here.ranges())?.alignment, 1)?;
+    map_ram_into(bench, &here, range(MSI, PAGE)?, 4)?;
+    let there_too = there.map_file(range(MSI, PAGE)?, bench.ram(), 0, Access::ReadWrite);
+    refused(there_too, EINVAL)?;
+    // Both are known to be there: detaching both leaves nobody.
+    granted(bench.detach(Function::Memory))?;
+    same("the alignment", granted(there.ranges())?.alignment, PAGE)?;
+    granted(bench.detach(Function::Engine))?;
+    same("the alignment", granted(there.ranges())?.alignment, 1)
 }
 
 pub(crate) fn devices_of_one_group_cannot_be_apart(bench: &mut dyn Bench) -> Verdict {

@@ -46,11 +46,17 @@ pub trait Bench {
     /// Lets go of one that [`alloc`](Self::alloc) made.
     fn destroy(&self, ioas: Arc<dyn IoAddressSpace>);
 
-    /// Attaches a function, after detaching it from what it was attached to.
+    /// Attaches a function, also one that is attached elsewhere.
+    ///
+    /// # Errors
+    /// The kernel's errno; `EINVAL` where the other function would move along.
+    fn attach(&self, function: Function, ioas: &Arc<dyn IoAddressSpace>) -> io::Result<()>;
+
+    /// The same along with all of its group that are attached.
     ///
     /// # Errors
     /// The kernel's errno.
-    fn attach(&self, function: Function, ioas: &Arc<dyn IoAddressSpace>) -> io::Result<()>;
+    fn attach_group(&self, function: Function, ioas: &Arc<dyn IoAddressSpace>) -> io::Result<()>;
 
     /// Detaches a function.
     ///

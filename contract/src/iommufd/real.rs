@@ -58,10 +58,11 @@ fn open(sysfs: &Sysfs, iommufd: &Arc<Iommufd>, bdf: Bdf) -> io::Result<Arc<VfioF
 }
 
 /// The kernel's own errno, which the contract is about.
-fn attach(function: &VfioFunction, ioas: Arc<Ioas>) -> io::Result<()> {
-    match function.device().attach(ioas) {
+fn with_errno(result: Result<(), CdevError>) -> io::Result<()> {
+    match result {
         Ok(()) => Ok(()),
         Err(CdevError::Attach { source, .. }) => Err(source),
+        Err(CdevError::GroupWouldMove { .. }) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
         Err(error) => Err(told(&error)),
     }
 }
@@ -74,8 +75,9 @@ impl IommufdHost for RealHost {
         let ioas = Arc::new(Ioas::alloc(Arc::clone(&iommufd))?);
         let engine_function = open(&sysfs, &iommufd, self.engine)?;
         let memory = open(&sysfs, &iommufd, self.memory)?;
-        attach(&engine_function, Arc::clone(&ioas))?;
-        attach(&memory, Arc::clone(&ioas))?;
+        for function in [&engine_function, &memory] {
+            with_errno(function.device().attach(Arc::clone(&ioas)))?;
+        }
         let group = |bdf| {
             let function = sysfs.function(bdf).map_err(|error| told(&error))?;
             io::Result::Ok(function.group)
@@ -153,6 +155,16 @@ impl RealBench {
         }
     }
 
+    /// An address space of the bench's, as its own kind.
+    fn known(&self, ioas: &Arc<dyn IoAddressSpace>) -> io::Result<Arc<Ioas>> {
+        let spares = self.spares.borrow();
+        let mut known = spares.iter().chain([&self.ioas]);
+        let found = known.find(|known| known.id() == ioas.id());
+        found
+            .cloned()
+            .ok_or_else(|| io::Error::other("an address space of somebody else's"))
+    }
+
     /// The file of the RAM or the BAR, which was asked for when the bench was made: a case that
     /// got the other file would fail.
     fn file_of<'b>(&'b self, backing: &'b Backing) -> BorrowedFd<'b> {
@@ -205,11 +217,13 @@ impl Bench for RealBench {
     }
 
     fn attach(&self, function: Function, ioas: &Arc<dyn IoAddressSpace>) -> io::Result<()> {
-        let spares = self.spares.borrow();
-        let mut known = spares.iter().chain([&self.ioas]);
-        let found = known.find(|known| known.id() == ioas.id());
-        let found = found.ok_or_else(|| io::Error::other("an address space of somebody else's"))?;
-        attach(self.function(function), Arc::clone(found))
+        let ioas = self.known(ioas)?;
+        with_errno(self.function(function).device().attach(ioas))
+    }
+
+    fn attach_group(&self, function: Function, ioas: &Arc<dyn IoAddressSpace>) -> io::Result<()> {
+        let ioas = self.known(ioas)?;
+        with_errno(self.function(function).device().attach_group(ioas))
     }
 
     fn detach(&self, function: Function) -> io::Result<()> {

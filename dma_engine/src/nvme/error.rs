@@ -49,7 +49,8 @@ pub enum NvmeError {
         /// What it has, or lacks.
         what: String,
     },
-    /// It did not become ready, or did not stop, in the time that it asks for itself (CAP.TO).
+    /// It did not become ready, or did not stop, in the time that it asks for itself (CAP.TO); or
+    /// it was reset while a command was under way, or before it, by somebody else.
     #[error("{function} was not {wanted} after {waited:?}: CSTS is {status:#010x}")]
     NotReady {
         /// The function.

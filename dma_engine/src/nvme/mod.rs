@@ -67,6 +67,8 @@ pub struct Nvme {
     memory: Box<dyn EngineMemory>,
     time_limit: Duration,
     session: Option<Session>,
+    /// Whether the controller may be enabled by us, with or without a session.
+    started: bool,
 }
 
 /// What there is while the controller is enabled.
@@ -79,6 +81,13 @@ impl Nvme {
     /// How much memory the driver must be lent, in bytes, at the start of a page of 4 KiB.
     pub const MEMORY: u64 = PAGES * PAGE;
 
+    /// Whether a function is an NVMe controller by its class code. One whose config space cannot be
+    /// read is none.
+    #[must_use]
+    pub fn drives(function: &Arc<dyn HostFunction>) -> bool {
+        registers::class(function).is_ok_and(|class| class == registers::CLASS)
+    }
+
     /// A driver for `function`. Nothing is accessed yet.
     #[must_use]
     pub fn new(function: Arc<dyn HostFunction>, memory: Box<dyn EngineMemory>) -> Self {
@@ -87,6 +96,7 @@ impl Nvme {
             memory,
             time_limit: TIME_LIMIT,
             session: None,
+            started: false,
         }
     }
 
@@ -117,7 +127,10 @@ impl Nvme {
     pub fn enable(&mut self) -> Result<&NvmeIdentity, NvmeError> {
         let session = match self.session.take() {
             Some(session) => session,
-            None => self.start()?,
+            None => {
+                self.started = true;
+                self.start()?
+            }
         };
         Ok(&self.session.insert(session).identity)
     }
@@ -130,7 +143,14 @@ impl Nvme {
     pub fn disable(&mut self) -> Result<(), NvmeError> {
         self.session = None;
         let cap = self.registers.probe()?;
-        self.stop(cap)
+        self.stop(cap)?;
+        self.started = false;
+        Ok(())
+    }
+
+    /// Disables the controller if this driver has enabled it, or has tried to.
+    pub(crate) fn rest(&mut self) -> Result<(), NvmeError> {
+        if self.started { self.disable() } else { Ok(()) }
     }
 
     /// Reads from the disk: `len` bytes from the block `block` on are written to the bus at `to`.

@@ -4,7 +4,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::registers::{FATAL, Registers};
+use super::registers::{FATAL, READY, Registers};
 use super::{NvmeCommand, NvmeError, NvmeStatus};
 use crate::EngineMemory;
 
@@ -131,6 +131,15 @@ impl Queue {
             if status & FATAL != 0 {
                 return Err(NvmeError::Fatal {
                     function: registers.name(),
+                    status,
+                });
+            }
+            if status & READY == 0 {
+                // It was reset, and will never answer.
+                return Err(NvmeError::NotReady {
+                    function: registers.name(),
+                    wanted: "ready",
+                    waited,
                     status,
                 });
             }

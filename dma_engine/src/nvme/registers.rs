@@ -42,7 +42,7 @@ pub(super) const READY: u32 = 1;
 pub(super) const FATAL: u32 = 1 << 1;
 
 /// The class code of an NVMe controller: mass storage, non-volatile memory, NVM Express.
-const CLASS: u32 = 0x01_0802;
+pub(super) const CLASS: u32 = 0x01_0802;
 
 /// What CAP says.
 #[derive(Debug, Clone, Copy)]
@@ -84,6 +84,14 @@ impl Capabilities {
     }
 }
 
+/// A function's class code, which is three bytes.
+pub(super) fn class(function: &Arc<dyn HostFunction>) -> std::io::Result<u32> {
+    // Its revision is below it.
+    let mut class = [0; 4];
+    function.config_read(0x08, &mut class)?;
+    Ok(u32::from_le_bytes(class) >> 8)
+}
+
 /// The registers of one function.
 #[derive(Debug, Clone)]
 pub(super) struct Registers(Arc<dyn HostFunction>);
@@ -104,12 +112,7 @@ impl Registers {
 
     /// Sees that this is an NVMe controller that answers, and what it can do.
     pub fn probe(&self) -> Result<Capabilities, NvmeError> {
-        let mut class = [0; 4];
-        // Revision and class; a class is three bytes.
-        self.0
-            .config_read(0x08, &mut class)
-            .map_err(|source| self.access(source))?;
-        let class = u32::from_le_bytes(class) >> 8;
+        let class = class(&self.0).map_err(|source| self.access(source))?;
         if class == 0xff_ffff {
             return Err(self.gone());
         }

@@ -10,6 +10,7 @@ use memory_map::{Access, BackingObject, HostMapping, Iova, IovaRange};
 use sim_host::{FunctionSpec, SimBarArea, SimContainer, SimDisk, SimFunction, SimHost, SimRam};
 
 use super::Nvme;
+use super::registers::CC;
 use crate::EngineMemory;
 
 pub(crate) const RAM: u64 = 0x10_0000;
@@ -117,6 +118,28 @@ impl Rig {
     pub fn disk_at(&self, offset: u64, len: u64) -> Vec<u8> {
         let mut data = vec![0; usize::try_from(len).unwrap()];
         self.disk.read(offset, &mut data).unwrap();
+        data
+    }
+
+    /// Whether the controller is enabled (CC.EN).
+    pub fn is_enabled(&self) -> bool {
+        self.configuration()[0] & 1 != 0
+    }
+
+    /// Disables it, without the driver.
+    pub fn disable(&self) {
+        let [low, rest @ ..] = self.configuration();
+        let [a, b, c] = rest;
+        self.controller
+            .bar_write(BarIndex::ALL[0], CC, &[low & !1, a, b, c])
+            .unwrap();
+    }
+
+    fn configuration(&self) -> [u8; 4] {
+        let mut data = [0; 4];
+        self.controller
+            .bar_read(BarIndex::ALL[0], CC, &mut data)
+            .unwrap();
         data
     }
 

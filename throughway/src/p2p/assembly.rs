@@ -5,16 +5,18 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use assigned_pci::{
-    AssignedFunction, BarIndex, BarInfo, BarKind, CutOffSwitch, FunctionOptions, HostFunction,
-    Windows, place_bars,
+    AssignedFunction, BarIndex, BarInfo, BarKind, CutOffSwitch, FunctionOptions, HostError,
+    HostFunction, Windows, place_bars,
 };
-use dma_engine::{DmaEngine, find_engine};
+use dma_engine::{DmaEngine, Nvme, NvmeEngine, find_engine};
 use memory_map::{
     Backing, CutOff, DmaTarget, Filter, Gpa, GpaRange, IovaRange, Quarantine, RegionId,
     RegionManager, TargetHandle, TargetName, TargetOptions,
 };
 
+use super::bus::Bus;
 use super::report::Pair;
+use super::scratch::{LentRam, NvmeScratch};
 use super::windows;
 use crate::guest_driver::GuestDriver;
 use crate::ram::GuestRam;
@@ -41,6 +43,8 @@ pub struct PartFunction {
 pub struct Parts {
     pub spaces: Vec<Space>,
     pub functions: Vec<PartFunction>,
+    /// Which of them a hot reset resets together.
+    pub buses: Vec<Bus>,
     /// For pairs of functions, by their places, how what the one sends to the other may go past
     /// the IOMMU.
     pub bypasses: BTreeMap<(usize, usize), String>,
@@ -48,14 +52,19 @@ pub struct Parts {
     pub ram: Backing,
     /// A page of RAM that is mapped only to be unmapped again.
     pub page: Backing,
+    /// Which of the functions are NVMe controllers that may serve as DMA engines.
+    pub scratch: Vec<NvmeScratch>,
 }
 
-/// One function in the assembly.
+/// One function in the assembly. Its engine ends first: it may have something to put back.
 pub struct Member {
+    pub engine: Option<Box<dyn DmaEngine>>,
+    /// Where the RAM begins that its engine was lent and cannot work without; none for an engine
+    /// that needs none.
+    pub lent: Option<Gpa>,
     pub function: Arc<AssignedFunction>,
     /// Its IOMMU's place.
     pub target: usize,
-    pub engine: Option<Box<dyn DmaEngine>>,
 }
 
 /// A memory BAR of a member.
@@ -73,6 +82,8 @@ pub struct Assembly {
     /// A page that is not part of [`ram`](Self::ram); see [`Parts::page`].
     pub page: GuestRam,
     pub map: RegionManager,
+    /// See [`Parts::buses`].
+    pub buses: Vec<Bus>,
     /// See [`Parts::bypasses`].
     bypasses: BTreeMap<(usize, usize), String>,
     /// Where BARs may lie.
@@ -114,12 +125,29 @@ impl Assembly {
             let function = Arc::new(AssignedFunction::new(host, map.clone(), &options)?);
             let switch = switches.get(target).context("no such container")?;
             switch.0.add(&function);
+            let name = function.name();
+            let lent = parts.scratch.iter().enumerate();
+            let mut lent = lent.filter(|(_, scratch)| scratch.function.to_string() == *name);
             // An engine that goes through the function is cut off with it.
-            let engine = find_engine(function.host());
+            let (engine, lent): (Option<Box<dyn DmaEngine>>, _) = match lent.next() {
+                Some((number, scratch)) => {
+                    ensure!(
+                        Nvme::drives(function.host()),
+                        "--nvme-scratch lends blocks of {name}, which is no NVMe controller"
+                    );
+                    let memory = Box::new(LentRam::of(&ram, number)?);
+                    let start = memory.start();
+                    let host = Arc::clone(function.host());
+                    let engine = NvmeEngine::new(host, memory, scratch.blocks);
+                    (Some(Box::new(engine)), Some(start))
+                }
+                None => (find_engine(function.host()), None),
+            };
             members.push(Member {
+                engine,
+                lent,
                 function,
                 target,
-                engine,
             });
         }
         let functions: Vec<&AssignedFunction> = members.iter().map(|m| &*m.function).collect();
@@ -136,9 +164,22 @@ impl Assembly {
             ram,
             page,
             map,
+            buses: parts.buses,
             bypasses: parts.bypasses,
             windows,
         })
+    }
+
+    /// The bus of a member, if a hot reset can reset it.
+    pub fn bus_of(&self, member: usize) -> Option<&Bus> {
+        self.buses.iter().find(|bus| bus.members.contains(&member))
+    }
+
+    /// [Resets](Bus::reset) a bus.
+    pub fn hot_reset(&self, bus: &Bus) -> Result<Option<HostError>> {
+        let members = bus.members.iter();
+        let members = members.filter_map(|member| self.members.get(*member));
+        bus.reset(members.map(|member| Arc::clone(&member.function)).collect())
     }
 
     /// Moves a BAR, with decoding on, to the highest free place of its window, as a guest would.
@@ -203,6 +244,28 @@ impl Assembly {
 }
 
 impl Member {
+    /// Why it has no engine.
+    pub fn no_engine(&self) -> String {
+        let name = self.function.name();
+        if Nvme::drives(self.function.host()) {
+            format!("{name} moves data only by way of blocks of its disk: see --nvme-scratch")
+        } else {
+            format!("no driver for {name}'s DMA engine")
+        }
+    }
+
+    /// Has its engine put back what it has changed, and stop, so that its function can be reset and
+    /// RAM be taken away.
+    pub fn rest(&mut self) -> Result<()> {
+        let Some(engine) = &mut self.engine else {
+            return Ok(());
+        };
+        let name = engine.name();
+        engine
+            .finish()
+            .with_context(|| format!("putting back what the {name} has overwritten failed"))
+    }
+
     /// Its memory BARs.
     pub fn bars(&self) -> Vec<MemberBar> {
         let bars = self.function.bars().into_iter();

@@ -8,7 +8,7 @@ use std::collections::btree_map::Entry;
 
 use anyhow::{Context, Result, ensure};
 use assigned_pci::BarIndex;
-use dma_engine::EngineError;
+use dma_engine::{DmaEngine, EngineError};
 use memory_map::{Gpa, GpaRange, Iova};
 
 use super::assembly::Assembly;
@@ -74,6 +74,7 @@ pub fn moved(
             iova: at.raw(),
             what: "where a BAR was before it moved",
             observed: seen(&read(assembly), &before),
+            failed: None,
             afterwards: None,
             witness: evidence.describe(&pair.from, at),
         });
@@ -82,7 +83,18 @@ pub fn moved(
 }
 
 /// Unregisters all IOMMUs, and has every engine try RAM.
+///
+/// An engine that works by RAM it was lent begins anew for that, and gets no further than the first
+/// byte of that RAM.
 pub fn unregistered(assembly: &mut Assembly, witness: &mut Source<'_>) -> Result<Vec<Control>> {
+    let mut lens = BTreeMap::new();
+    for from in engines(assembly) {
+        let member = assembly.members.get_mut(from);
+        let member = member.context("an engine is gone")?;
+        let most = member.engine.as_ref().map(|engine| engine.max_transfer());
+        lens.insert(from, most.unwrap_or_default().min(LEN_64));
+        member.rest()?;
+    }
     for target in std::mem::take(&mut assembly.targets) {
         let report = target.unregister();
         if let Some((_, why)) = report.quarantined.into_iter().next() {
@@ -90,19 +102,27 @@ pub fn unregistered(assembly: &mut Assembly, witness: &mut Source<'_>) -> Result
         }
     }
     let mut controls = Vec::new();
-    for from in engines(assembly) {
-        let at = SOURCE;
-        let before = assembly.ram.read(at, LEN)?;
+    for (from, len) in lens {
+        let before = assembly.ram.read(SOURCE, LEN)?;
         let mut evidence = witness()?;
         // What is in its buffer by now is neither of these bytes.
-        store(assembly, from, at)?;
-        let from = name(assembly, from)?;
+        store(assembly, from, SOURCE, len)?;
+        let member = assembly.members.get(from).context("a function is gone")?;
+        let (at, what) = match member.lent {
+            Some(lent) => (
+                lent,
+                "the engine's own RAM after the IOMMU was unregistered",
+            ),
+            None => (SOURCE, "RAM after the IOMMU was unregistered"),
+        };
+        let from = member.function.name().to_owned();
         controls.push(Control {
             witness: evidence.describe(&from, at),
             from,
             iova: at.raw(),
-            what: "RAM after the IOMMU was unregistered",
-            observed: seen(&assembly.ram.read(at, LEN)?, &before),
+            what,
+            observed: seen(&assembly.ram.read(SOURCE, LEN)?, &before),
+            failed: None,
             afterwards: None,
         });
     }
@@ -159,6 +179,7 @@ fn absent_ram(assembly: &mut Assembly, from: usize, witness: &mut Source<'_>) ->
         iova: at.raw(),
         what: "RAM that was taken away",
         observed,
+        failed: None,
         afterwards: None,
     })
 }
@@ -181,8 +202,8 @@ fn filtered(
     let mut evidence = witness()?;
     match send(assembly, pair.from_member, at, &pattern(0x1004, LEN)) {
         Ok(()) => {}
-        // The engine cannot be given such an address, whatever the IOMMU says.
-        Err(error) if out_of_reach(&error) => return Ok(None),
+        // The engine cannot be asked for that, whatever the IOMMU says.
+        Err(error) if is_of_the_request(&error) => return Ok(None),
         Err(error) => return Err(error),
     }
     let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
@@ -192,35 +213,42 @@ fn filtered(
         iova: at.raw(),
         what: "a BAR that policy keeps out",
         observed: seen(&after, &before),
+        failed: None,
         afterwards: None,
         witness: evidence.describe(&pair.from, at),
     }))
 }
 
-fn out_of_reach(error: &anyhow::Error) -> bool {
-    matches!(
-        error.downcast_ref::<EngineError>(),
-        Some(EngineError::OutOfReach { .. })
-    )
+fn is_of_the_request(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<EngineError>();
+    error.is_some_and(EngineError::is_of_the_request)
 }
 
 /// Has an engine write `data` to `to`, by way of RAM.
 pub fn send(assembly: &mut Assembly, from: usize, to: Gpa, data: &[u8]) -> Result<()> {
     assembly.ram.write(SOURCE, data)?;
-    let member = assembly.members.get_mut(from);
-    let engine = member.and_then(|member| member.engine.as_mut());
-    let engine = engine.context("an engine is gone")?;
-    engine.copy(Iova::new(SOURCE.raw()), Iova::new(to.raw()), LEN_64)?;
-    Ok(())
+    let engine = engine(assembly, from)?;
+    tried(engine.copy(Iova::new(SOURCE.raw()), Iova::new(to.raw()), LEN_64))
 }
 
-/// Has an engine write to `to` what is in its buffer.
-fn store(assembly: &mut Assembly, from: usize, to: Gpa) -> Result<()> {
-    let member = assembly.members.get_mut(from);
+/// Has an engine write to `to` the first bytes of what is in its buffer.
+fn store(assembly: &mut Assembly, from: usize, to: Gpa, len: u64) -> Result<()> {
+    tried(engine(assembly, from)?.store(Iova::new(to.raw()), len))
+}
+
+fn engine(assembly: &mut Assembly, member: usize) -> Result<&mut Box<dyn DmaEngine>> {
+    let member = assembly.members.get_mut(member);
     let engine = member.and_then(|member| member.engine.as_mut());
-    let engine = engine.context("an engine is gone")?;
-    engine.store(Iova::new(to.raw()), LEN_64)?;
-    Ok(())
+    engine.context("an engine is gone")
+}
+
+/// An engine that tells that it could not access the bus has moved nothing: whether that is so is
+/// seen by the data, as of one that does not tell.
+fn tried(transfer: Result<(), EngineError>) -> Result<()> {
+    match transfer {
+        Err(error) if error.is_of_the_bus() => Ok(()),
+        done => Ok(done?),
+    }
 }
 
 fn name(assembly: &Assembly, member: usize) -> Result<String> {

@@ -1,7 +1,6 @@
 //! Moving data from one device into another, and back.
 
 use anyhow::{Context, Result};
-use dma_engine::EngineError;
 use memory_map::{Gpa, Iova};
 
 use super::assembly::{Assembly, Member, MemberBar, RAM};
@@ -15,7 +14,7 @@ pub const LEN: usize = 4096;
 const LEN_64: u64 = 4096;
 /// Where in RAM data come from and go to.
 pub const SOURCE: Gpa = Gpa::new(RAM.raw() + 0x1_0000);
-const MAILBOX: Gpa = Gpa::new(RAM.raw() + 0x2_0000);
+pub const MAILBOX: Gpa = Gpa::new(RAM.raw() + 0x2_0000);
 
 /// Exercises every pair whose BAR is mapped and can be written without harm, by every engine
 /// there is. A pair that has failed before keeps its verdict.
@@ -33,7 +32,7 @@ fn exercise(assembly: &mut Assembly, pair: &mut Pair, number: u64) -> Result<()>
     let (from, to, ram) = two(assembly, pair.from_member, pair.to_member)?;
     let bar = to.bar(pair.index).context("a BAR is gone")?;
     if from.engine.is_none() {
-        pair.note = Some(format!("no driver for {}'s DMA engine", pair.from));
+        pair.note = Some(from.no_engine());
         return Ok(());
     }
     let Some(spot) = Spot::of(to, &bar) else {
@@ -49,7 +48,7 @@ fn exercise(assembly: &mut Assembly, pair: &mut Pair, number: u64) -> Result<()>
             pair.exercised = Some(Exercised::Mismatch);
             pair.note = Some(how);
         }
-        Exercise::OutOfReach(why) => pair.note = Some(why),
+        Exercise::NotAsked(why) => pair.note = Some(why),
     }
     Ok(())
 }
@@ -63,7 +62,7 @@ pub fn again(assembly: &mut Assembly, pair: &Pair) -> Result<Exercised> {
     let spot = Spot::of(to, &bar).context("a BAR has changed")?;
     Ok(match one(from, to, &bar, spot, ram, SEED)? {
         Exercise::Done => Exercised::Ok,
-        Exercise::Differs(_) | Exercise::OutOfReach(_) => Exercised::Mismatch,
+        Exercise::Differs(_) | Exercise::NotAsked(_) => Exercised::Mismatch,
     })
 }
 
@@ -90,8 +89,8 @@ pub fn offset_in(bar: &MemberBar) -> u64 {
 enum Exercise {
     Done,
     Differs(String),
-    /// The engine cannot be given such an address; that says nothing of the IOMMU.
-    OutOfReach(String),
+    /// The engine cannot be asked for it; that says nothing of the IOMMU.
+    NotAsked(String),
 }
 
 /// RAM to BAR by the engine, looked at by the processor; then, with other bytes put there by the
@@ -115,8 +114,11 @@ fn one(
     ram.write(SOURCE, &there)?;
     match engine.copy(Iova::new(SOURCE.raw()), at, len_64) {
         Ok(()) => {}
-        Err(error @ EngineError::OutOfReach { .. }) => {
-            return Ok(Exercise::OutOfReach(error.to_string()));
+        Err(error) if error.is_of_the_request() => {
+            return Ok(Exercise::NotAsked(error.to_string()));
+        }
+        Err(error) if error.is_of_the_bus() => {
+            return Ok(Exercise::Differs(format!("RAM to BAR: {error}")));
         }
         Err(error) => return Err(error.into()),
     }
@@ -133,13 +135,20 @@ fn one(
     let back = pattern(seed.wrapping_mul(2).wrapping_add(1), len);
     let mut refused = to.function.bar_write(index, offset, &back);
     ram.write(MAILBOX, &vec![0; len])?;
-    engine.copy(at, Iova::new(MAILBOX.raw()), len_64)?;
+    let copied = engine.copy(at, Iova::new(MAILBOX.raw()), len_64);
     let found = ram.read(MAILBOX, len)?;
     // What was written to have it read as it did.
     let before = spot.read_back(before);
     refused = to.function.bar_write(index, offset, &before).or(refused);
     if let Some(error) = refused {
         return Err(error).with_context(|| format!("writing {} {index}", to.function.name()));
+    }
+    match copied {
+        Ok(()) => {}
+        Err(error) if error.is_of_the_bus() => {
+            return Ok(Exercise::Differs(format!("BAR to RAM: {error}")));
+        }
+        Err(error) => return Err(error.into()),
     }
     let back = spot.read_back(back);
     if found != back {

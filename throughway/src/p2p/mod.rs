@@ -1,6 +1,7 @@
 //! `throughway p2p`: who reaches whom on a real host.
 
 mod assembly;
+mod bus;
 mod choice;
 mod control;
 mod exercise;
@@ -8,6 +9,7 @@ mod host;
 mod policy;
 mod report;
 mod revocation;
+mod scratch;
 mod spot;
 mod windows;
 mod witness;
@@ -16,12 +18,15 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use host_memory::Ram;
+use memory_map::{Backing, GRANULE};
 use vfio_sys::Bdf;
 
-use self::assembly::Assembly;
+use self::assembly::{Assembly, Parts};
 use self::choice::{Choice, Iommu};
 use self::policy::{P2pChoice, Policy};
 use self::report::P2pReport;
+use self::scratch::NvmeScratch;
 
 /// Tell which of this host's devices can reach each other's BARs, or why not
 ///
@@ -61,10 +66,20 @@ pub struct P2pArgs {
     /// A pattern goes from RAM into each peer's prefetchable BARs and back (and into a register of
     /// another edu), and what was in the BAR is put back afterwards; then the BAR is moved, and all of that is done again. As a
     /// control, the engine is also pointed at addresses that are not mapped any more: of RAM that
-    /// was taken away, of a peer that does not decode, sleeps or was reset (if it can), of a BAR
-    /// that was moved. There is a driver for QEMU's edu.
+    /// was taken away, of a peer that does not decode, sleeps or was reset (if it can; by itself, with
+    /// its decoding on or off, and with all of its bus), of a BAR that was moved. There is a driver
+    /// for QEMU's edu, and one for NVMe controllers, see --nvme-scratch.
     #[arg(long)]
     pub exercise: bool,
+    /// Blocks of an NVMe controller's disk that may be overwritten, so that it serves as a DMA engine
+    ///
+    /// What an NVMe controller moves from one place of the bus to another goes by way of its disk.
+    /// These blocks of its first namespace are lent for that; END is the first that is not. They are
+    /// read before they are first overwritten, and written back at the end, but NOT if the program is
+    /// killed, or the controller fails, in between. Nothing is ever written to any other block, nor
+    /// to a disk of which no blocks are lent. May be repeated, once for each controller.
+    #[arg(long, value_name = "BDF:FIRST..END", requires = "exercise")]
+    pub nvme_scratch: Vec<NvmeScratch>,
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -80,8 +95,18 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
         bail!("a function is named twice: name each once");
     }
     let policy = Policy::new(&args.p2p, &args.functions)?;
-    let (parts, choice) = host::open(&args.functions, args.iommu, &policy, args.memory << 20)?;
-    let mut assembly = Assembly::new(parts)?;
+    scratch::check(&args.nvme_scratch, &args.functions)?;
+    let (opened, bypasses, choice) = host::open(&args.functions, args.iommu, &policy, None)?;
+    let page = GRANULE.max(host_memory::page_size());
+    let mut assembly = Assembly::new(Parts {
+        spaces: opened.spaces,
+        functions: opened.functions,
+        buses: opened.buses,
+        bypasses,
+        ram: Backing::new(Ram::memfd(c"throughway-ram", args.memory << 20)?),
+        page: Backing::new(Ram::memfd(c"throughway-control", page)?),
+        scratch: args.nvme_scratch.clone(),
+    })?;
     let witness: Option<&mut witness::Source<'_>> = if args.exercise {
         Some(&mut witness::kernel_log)
     } else {

@@ -123,6 +123,9 @@ pub struct Control {
     pub iova: u64,
     /// What was mapped there.
     pub what: &'static str,
+    /// How the host said that it failed to do that; null where it did not. What may have revoked a
+    /// mapping counts as having done so.
+    pub failed: Option<String>,
     pub observed: Observed,
     /// How moving data ended when it was mapped again; null where it was not tried.
     pub afterwards: Option<Exercised>,
@@ -224,6 +227,7 @@ impl fmt::Display for P2pReport {
                 from,
                 iova,
                 what,
+                failed,
                 witness,
                 ..
             } = control;
@@ -231,6 +235,9 @@ impl fmt::Display for P2pReport {
                 f,
                 "control: {from} at {iova:#x}, {what}: {observed} ({witness})"
             )?;
+            if let Some(failed) = failed {
+                write!(f, ", though {failed}")?;
+            }
             f.write_str(match control.afterwards {
                 Some(Exercised::Ok) => ", and ok again afterwards\n",
                 Some(Exercised::Mismatch) => ", and MISMATCH afterwards\n",

@@ -1,7 +1,10 @@
 //! The negative control of what the kernel may revoke: a peer that stops decoding, sleeps or is
 //! reset is not reached while it does, and is reached again afterwards.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result, ensure};
+use assigned_pci::HostError;
 use memory_map::Gpa;
 
 use super::assembly::Assembly;
@@ -18,10 +21,18 @@ enum Event {
     DecodingOff,
     Sleep,
     Reset,
+    ResetUndecoded,
+    HotReset,
 }
 
 impl Event {
-    const ALL: [Self; 3] = [Self::DecodingOff, Self::Sleep, Self::Reset];
+    const ALL: [Self; 5] = [
+        Self::DecodingOff,
+        Self::Sleep,
+        Self::Reset,
+        Self::ResetUndecoded,
+        Self::HotReset,
+    ];
 
     /// What the control is named.
     const fn what(self) -> &'static str {
@@ -29,23 +40,47 @@ impl Event {
             Self::DecodingOff => "a BAR whose decoding is off",
             Self::Sleep => "a BAR that sleeps in D3hot",
             Self::Reset => "a BAR after a function-level reset",
+            Self::ResetUndecoded => "a BAR after a function-level reset with its decoding off",
+            Self::HotReset => "a BAR after a hot reset of its bus",
         }
     }
 
-    fn can_happen_to(self, driver: GuestDriver<'_>) -> bool {
-        match self {
+    /// The members to which it happens, if it can.
+    fn concerns(self, assembly: &mut Assembly, pair: &Pair) -> Result<Option<Vec<usize>>> {
+        let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
+        let driver = GuestDriver(&peer.function);
+        let can = match self {
             Self::DecodingOff => true,
             Self::Sleep => driver.can_sleep(),
-            Self::Reset => driver.can_reset(),
-        }
+            Self::Reset | Self::ResetUndecoded => driver.can_reset(),
+            Self::HotReset => {
+                let bus = assembly.bus_of(pair.to_member);
+                // An engine that is reset itself would prove nothing.
+                let bus = bus.filter(|bus| !bus.members.contains(&pair.from_member));
+                return Ok(bus.map(|bus| bus.members.clone()));
+            }
+        };
+        Ok(can.then(|| vec![pair.to_member]))
     }
 
-    fn begin(self, driver: GuestDriver<'_>) {
+    /// Has it happen. How the host says that it failed, if it does; it counts all the same.
+    fn begin(self, assembly: &mut Assembly, pair: &Pair) -> Result<Option<HostError>> {
+        let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
+        let driver = GuestDriver(&peer.function);
         match self {
             Self::DecodingOff => driver.set_decoding(false),
             Self::Sleep => driver.set_asleep(true),
             Self::Reset => driver.reset(),
+            Self::ResetUndecoded => {
+                driver.set_decoding(false);
+                driver.reset();
+            }
+            Self::HotReset => {
+                let bus = assembly.bus_of(pair.to_member).cloned();
+                return assembly.hot_reset(&bus.context("a bus is gone")?);
+            }
         }
+        Ok(None)
     }
 
     /// Lets the function decode again, wherever it then is.
@@ -53,8 +88,13 @@ impl Event {
         match self {
             Self::DecodingOff => driver.set_decoding(true),
             Self::Sleep => driver.set_asleep(false),
-            Self::Reset => {}
+            Self::Reset | Self::ResetUndecoded | Self::HotReset => {}
         }
+    }
+
+    /// Whether it may change what is behind a BAR.
+    const fn resets(self) -> bool {
+        matches!(self, Self::Reset | Self::ResetUndecoded | Self::HotReset)
     }
 }
 
@@ -62,29 +102,40 @@ impl Event {
 pub fn all(assembly: &mut Assembly, pair: &Pair, witness: &mut Source<'_>) -> Result<Vec<Control>> {
     let mut controls = Vec::new();
     for event in Event::ALL {
-        let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
-        if event.can_happen_to(GuestDriver(&peer.function)) {
-            controls.push(one(assembly, pair, event, witness)?);
+        if let Some(concerned) = event.concerns(assembly, pair)? {
+            controls.push(one(assembly, pair, event, &concerned, witness)?);
         }
     }
     Ok(controls)
 }
 
-/// Writes to where the BAR was before the event, then brings the peer back as a guest's driver
-/// does, and moves data as before.
+/// Writes to where the BAR was before the event, then brings those that it concerns back as a
+/// guest's driver does, and moves data as before.
 fn one(
     assembly: &mut Assembly,
     pair: &Pair,
     event: Event,
+    concerned: &[usize],
     witness: &mut Source<'_>,
 ) -> Result<Control> {
-    let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
+    let peer = assembly.members.get_mut(pair.to_member);
+    let peer = peer.context("a function is gone")?;
+    // It may be an engine itself.
+    peer.rest()?;
     let bar = peer.bar(pair.index).context("a BAR is gone")?;
     let offset = offset_in(&bar);
     let at = Gpa::new(bar.range()?.start().raw().saturating_add(offset));
     let before = read_bar(&peer.function, pair.index, offset, LEN);
-    let saved = GuestDriver(&peer.function).save();
-    event.begin(GuestDriver(&peer.function));
+    let mut saved = Vec::new();
+    for member in concerned {
+        let member = assembly
+            .members
+            .get(*member)
+            .context("a function is gone")?;
+        let function = Arc::clone(&member.function);
+        saved.push((GuestDriver(&function).save(), function));
+    }
+    let failed = event.begin(assembly, pair)?;
     // What came of it is in the map: the BAR must be gone before anything is tried.
     ensure!(
         assembly.map.lookup(at).is_none(),
@@ -98,17 +149,20 @@ fn one(
     send(assembly, pair.from_member, at, &sent)?;
     let witness = evidence.describe(&pair.from, at);
 
+    for (saved, function) in saved {
+        let driver = GuestDriver(&function);
+        event.end(driver);
+        driver.restore(&saved);
+    }
     let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
-    let driver = GuestDriver(&peer.function);
-    event.end(driver);
-    driver.restore(&saved);
     let after = read_bar(&peer.function, pair.index, offset, LEN);
     // A reset may change what is behind a BAR, but not to what was sent.
-    let untouched = after == before || (event == Event::Reset && after != sent);
+    let untouched = after == before || (event.resets() && after != sent);
     Ok(Control {
         from: pair.from.clone(),
         iova: at.raw(),
         what: event.what(),
+        failed: failed.map(|error| format!("{error}: {}", error.errno)),
         observed: if untouched {
             Observed::Blocked
         } else {

@@ -1,6 +1,7 @@
 //! The same examination, of simulated devices.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 
 use assigned_pci::HostFunction;
@@ -9,16 +10,18 @@ use memory_map::{
     Backing, DmaTarget, Errno, Gpa, IovaRange, MapRequest, TargetError, TargetLimits,
 };
 use sim_host::{
-    BrokenTranslation, Call, FunctionSpec, PowerManagement, SimContainer, SimFunction, SimHost,
-    SimIoas,
+    BrokenTranslation, Call, FunctionSpec, PowerManagement, SimBus, SimContainer, SimFunction,
+    SimHost, SimIoas,
 };
 use vfio_sys::Bdf;
 
 use super::assembly::{Assembly, PartFunction, Parts, Space};
+use super::bus::Bus;
 use super::choice::{Choice, Kind};
 use super::examine;
 use super::policy::Policy;
 use super::report::{Exercised, Observed, P2pReport};
+use super::scratch::NvmeScratch;
 use super::witness::Evidence;
 
 const EDU: &str = "0000:00:05.0";
@@ -43,6 +46,8 @@ fn ioas(ioas: SimIoas, copies: RamCopies) -> Box<dyn DmaTarget> {
     // SAFETY: the address space is simulated and follows no address.
     Box::new(unsafe { IoasTarget::new(Arc::new(ioas), copies) })
 }
+
+mod nvme;
 
 /// An edu, shared memory that can sleep and be reset, another edu.
 fn three_functions(host: &SimHost) -> Vec<Arc<SimFunction>> {
@@ -113,14 +118,25 @@ fn policy(choices: &[&str]) -> Policy {
     Policy::new(&choices, &[EDU, PEER, OTHER].map(bdf)).unwrap()
 }
 
-fn assemble(host: &SimHost, (spaces, functions): (Vec<Space>, Vec<PartFunction>)) -> Assembly {
+fn assemble(host: &SimHost, parts: (Vec<Space>, Vec<PartFunction>)) -> Assembly {
+    assemble_with(host, parts, Vec::new(), Vec::new())
+}
+
+fn assemble_with(
+    host: &SimHost,
+    (spaces, functions): (Vec<Space>, Vec<PartFunction>),
+    scratch: Vec<NvmeScratch>,
+    buses: Vec<Bus>,
+) -> Assembly {
     let bypasses = BTreeMap::from([((0, 1), "a port without ACS".to_owned())]);
     Assembly::new(Parts {
         spaces,
         functions,
+        buses,
         bypasses,
         ram: Backing::new(host.ram(16 << 20).unwrap()),
         page: Backing::new(host.ram(0x1000).unwrap()),
+        scratch,
     })
     .unwrap()
 }
@@ -210,16 +226,87 @@ fn every_pair_is_told_exercised_and_controlled() {
             let bar0 = pair(&report, from, PEER, 0);
             assert_eq!((bar0.reach, bar0.counts), ("unavailable", false));
         }
-        // Two edus, each with a page of RAM, the peer's BAR2 off, asleep, reset and moved, and all
-        // of RAM at the end.
-        assert_eq!(report.controls.len(), 12);
+        // Two edus, each with a page of RAM, the peer's BAR2 off, asleep, reset with its decoding on
+        // and off, and moved, and all of RAM at the end.
+        assert_eq!(report.controls.len(), 14);
         for control in &report.controls {
             assert_eq!(control.observed, Observed::Blocked);
             assert!(control.witness.contains("DMA write"), "{}", control.witness);
         }
         let again = report.controls.iter();
         let again = again.filter(|control| control.afterwards == Some(Exercised::Ok));
-        assert_eq!(again.count(), 6, "what the kernel revoked is reached again");
+        assert_eq!(again.count(), 8, "what the kernel revoked is reached again");
+        drop(assembly);
+        ensure_clean(&host);
+    }
+}
+
+/// The peer and an edu, as functions of one slot. The first two resets are refused.
+fn busy_bus(functions: &[Arc<SimFunction>]) -> Bus {
+    let bus = SimBus::new(functions.iter().skip(1).cloned());
+    bus.be_busy(2);
+    Bus {
+        members: vec![1, 2],
+        reset: Arc::new(move || bus.hot_reset()),
+    }
+}
+
+#[test]
+fn a_hot_reset_takes_a_sibling_along_and_both_are_reached_again() {
+    for kind in KINDS {
+        let host = SimHost::default();
+        let functions = three_functions(&host);
+        let parts = spaces(&host, kind, &functions, &policy(&[]));
+        let mut assembly = assemble_with(&host, parts, Vec::new(), vec![busy_bus(&functions)]);
+        let report = report(&host, &mut assembly);
+        assert!(report.ok, "{report}");
+        let hot = report.controls.iter();
+        let hot: Vec<_> = hot
+            .filter(|it| it.what == "a BAR after a hot reset of its bus")
+            .collect();
+        assert_eq!(hot.len(), 1, "not by the edu that is reset along with it");
+        assert_eq!(
+            (hot[0].from.as_str(), hot[0].observed, hot[0].afterwards),
+            (EDU, Observed::Blocked, Some(Exercised::Ok))
+        );
+        // The edu was reset, and reaches and is reached again.
+        let [at_first, later] = pair(&report, OTHER, PEER, 2).at[..] else {
+            panic!("{report}");
+        };
+        assert_ne!(at_first, later);
+        let sibling = pair(&report, EDU, OTHER, 0);
+        assert_eq!(sibling.exercised, Some(Exercised::Ok));
+        drop(assembly);
+        ensure_clean(&host);
+    }
+}
+
+#[test]
+fn a_hot_reset_that_fails_counts_and_is_told() {
+    for kind in KINDS {
+        let host = SimHost::default();
+        let functions = three_functions(&host);
+        let parts = spaces(&host, kind, &functions, &policy(&[]));
+        let mut bus = busy_bus(&functions);
+        let reset = bus.reset;
+        bus.reset = Arc::new(move || {
+            reset()?;
+            // As when the link does not come up again.
+            Err(io::Error::from_raw_os_error(25))
+        });
+        let mut assembly = assemble_with(&host, parts, Vec::new(), vec![bus]);
+        let report = report(&host, &mut assembly);
+        assert!(report.ok, "{report}");
+        let failed = report.controls.iter();
+        let failed: Vec<_> = failed.filter(|control| control.failed.is_some()).collect();
+        assert_eq!(failed.len(), 1, "the other events do not fail");
+        assert_eq!(failed[0].what, "a BAR after a hot reset of its bus");
+        assert_eq!(
+            (failed[0].observed, failed[0].afterwards),
+            (Observed::Blocked, Some(Exercised::Ok))
+        );
+        let told = report.to_string();
+        assert!(told.contains(", though the hot reset failed: "), "{told}");
         drop(assembly);
         ensure_clean(&host);
     }

@@ -1,5 +1,6 @@
 //! By character devices and address spaces of one iommufd.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -10,7 +11,7 @@ use vfio_sys::Ioas;
 
 use super::super::assembly::{PartFunction, Space};
 use super::super::choice::BarNotExported;
-use super::{Host, Opened};
+use super::{Host, Opened, hot_reset};
 
 /// Opens them: an address space for all that may see the same. RAM is pinned once for all.
 pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
@@ -26,13 +27,16 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     }
     let mut bound = Vec::new();
     for (bdf, cdev) in host.functions.iter().zip(cdevs) {
-        bound.push(host.function(*bdf, cdev.bind(Arc::clone(&iommufd))?)?);
+        host.announce(cdev.as_fd())?;
+        let device = cdev.bind(Arc::clone(&iommufd))?;
+        bound.push((*bdf, host.function(*bdf, device)?));
     }
     if every_bar {
-        for function in &bound {
+        for (_, function) in &bound {
             exports_every_bar(function)?;
         }
     }
+    let buses = hot_reset::buses(&bound, &[]);
     let (classes, places) = host.by_filter();
     let mut ioases = Vec::new();
     for _ in &classes {
@@ -42,7 +46,7 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     // All functions are attached before anything is mapped: each takes away from what the address
     // space allows, and would be refused if something was there.
     let mut functions: Vec<PartFunction> = Vec::new();
-    for (function, space) in bound.into_iter().zip(places) {
+    for ((_, function), space) in bound.into_iter().zip(places) {
         let ioas = ioases.get(space).context("no such address space")?;
         function.device().attach(Arc::clone(ioas))?;
         let host: Arc<dyn HostFunction> = function;
@@ -63,7 +67,11 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
             target: Box::new(target(ioas, copies.clone())),
         });
     }
-    Ok(Opened { spaces, functions })
+    Ok(Opened {
+        spaces,
+        functions,
+        buses,
+    })
 }
 
 /// Insists that every part of a BAR that can be mapped at all can be by iommufd.

@@ -1,28 +1,52 @@
 //! Opening real devices through VFIO.
 
+mod hot_reset;
 mod iommufd;
 mod type1;
 
 use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use assigned_pci::VfioFunction;
-use host_memory::Ram;
-use memory_map::{Backing, Filter, GRANULE};
+use memory_map::Filter;
 use vfio_sys::{Bdf, CdevError, Device, Sysfs};
 
-use super::assembly::{PartFunction, Parts, Space};
+use super::assembly::{PartFunction, Space};
+use super::bus::Bus;
 use super::choice::{Choice, Iommu, Ways, choose};
 use super::policy::Policy;
 
-/// Opens `functions` and makes `memory` bytes of RAM.
+/// Somebody who is told of the files of devices before these are opened: KVM.
+pub trait Announce {
+    /// A group's file, before a device is opened through it, or a device's own, before it is bound.
+    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// None of them is used after all.
+    fn forget_all(&self) -> io::Result<()>;
+}
+
+/// What is opened, whichever way.
+pub struct Opened {
+    pub spaces: Vec<Space>,
+    pub functions: Vec<PartFunction>,
+    /// Which of the functions a hot reset resets together.
+    pub buses: Vec<Bus>,
+}
+
+/// For pairs of functions, by their places, how what the one sends to the other may go past the
+/// IOMMU.
+pub type Bypasses = BTreeMap<(usize, usize), String>;
+
+/// Opens `functions`, of which somebody may want to know.
 pub fn open(
     functions: &[Bdf],
     asked: Iommu,
     policy: &Policy,
-    memory: u64,
-) -> Result<(Parts, Choice)> {
+    announce: Option<&dyn Announce>,
+) -> Result<(Opened, Bypasses, Choice)> {
     let sysfs = Sysfs::default();
     // What is wrong whichever way they are opened is said before anything is touched.
     for bdf in functions {
@@ -35,31 +59,17 @@ pub fn open(
         sysfs: &sysfs,
         functions,
         policy,
+        announce,
     };
     let (opened, choice) = choose(asked, &mut host)?;
-    let parts = Parts {
-        spaces: opened.spaces,
-        functions: opened.functions,
-        bypasses: bypasses(&sysfs, functions)?,
-        ram: Backing::new(Ram::memfd(c"throughway-ram", memory)?),
-        page: Backing::new(Ram::memfd(
-            c"throughway-control",
-            GRANULE.max(host_memory::page_size()),
-        )?),
-    };
-    Ok((parts, choice))
-}
-
-/// What is opened either way.
-struct Opened {
-    spaces: Vec<Space>,
-    functions: Vec<PartFunction>,
+    Ok((opened, bypasses(&sysfs, functions)?, choice))
 }
 
 struct Host<'h> {
     sysfs: &'h Sysfs,
     functions: &'h [Bdf],
     policy: &'h Policy,
+    announce: Option<&'h dyn Announce>,
 }
 
 impl Ways for Host<'_> {
@@ -70,7 +80,12 @@ impl Ways for Host<'_> {
     }
 
     fn iommufd(&mut self, every_bar: bool) -> Result<Opened> {
-        iommufd::open(self, every_bar)
+        let opened = iommufd::open(self, every_bar);
+        // The other way is not to be had while somebody keeps what was opened this way.
+        if let (Err(_), Some(announce)) = (&opened, self.announce) {
+            announce.forget_all()?;
+        }
+        opened
     }
 
     fn wants_bars(&self) -> bool {
@@ -99,6 +114,15 @@ impl Host<'_> {
         (classes, places)
     }
 
+    fn announce(&self, file: BorrowedFd<'_>) -> Result<()> {
+        if let Some(announce) = self.announce {
+            announce
+                .add(file)
+                .context("KVM does not take an assigned device")?;
+        }
+        Ok(())
+    }
+
     fn function(&self, bdf: Bdf, device: Device) -> Result<Arc<VfioFunction>> {
         let is_virtual = self.sysfs.function_path(bdf).join("physfn").exists();
         let function = VfioFunction::new(bdf.to_string(), device)?;
@@ -122,7 +146,7 @@ fn check_groups(sysfs: &Sysfs, functions: &[Bdf], policy: &Policy) -> Result<()>
 }
 
 /// For each ordered pair, by its places, how it may go past the IOMMU.
-fn bypasses(sysfs: &Sysfs, functions: &[Bdf]) -> Result<BTreeMap<(usize, usize), String>> {
+fn bypasses(sysfs: &Sysfs, functions: &[Bdf]) -> Result<Bypasses> {
     let mut found = BTreeMap::new();
     for (from, sender) in functions.iter().enumerate() {
         for (to, receiver) in functions.iter().enumerate() {

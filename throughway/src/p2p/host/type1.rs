@@ -1,14 +1,15 @@
 //! By groups and containers.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::Result;
 use assigned_pci::HostFunction;
 use iommu::Type1Target;
-use vfio_sys::{Container, Opener};
+use vfio_sys::{Container, Group, Opener};
 
 use super::super::assembly::{PartFunction, Space};
-use super::{Host, Opened};
+use super::{Host, Opened, hot_reset};
 
 /// Opens them: a container for all that may see the same, or several where their IOMMUs differ.
 pub fn open(host: &Host<'_>) -> Result<Opened> {
@@ -19,9 +20,17 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
         openers.push(Opener::new(host.sysfs.clone()));
     }
     // Everything that can be wrong with any group is said before one is attached.
+    let mut groups: Vec<(u32, Arc<Group>)> = Vec::new();
     for ((_, members), opener) in classes.iter().zip(&mut openers) {
         for bdf in members {
-            opener.group(*bdf)?;
+            let group = opener.group(*bdf)?;
+            let number = host.sysfs.function(*bdf)?.group;
+            if let Some(number) = number
+                && !groups.iter().any(|(known, _)| *known == number)
+            {
+                host.announce(group.as_fd())?;
+                groups.push((number, group));
+            }
         }
     }
     // All groups join before anything is mapped, so that no container's ranges shrink later.
@@ -45,6 +54,7 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
         }
     }
     let mut functions = Vec::new();
+    let mut opened = Vec::new();
     for (bdf, place) in host.functions.iter().zip(places) {
         let Some(opener) = openers.get_mut(place) else {
             continue;
@@ -52,13 +62,19 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
         let container = opener.container(*bdf)?;
         let space = containers.iter().position(|c| Arc::ptr_eq(c, &container));
         let device = opener.device(*bdf)?;
-        let function: Arc<dyn HostFunction> = host.function(*bdf, device)?;
+        let function = host.function(*bdf, device)?;
+        opened.push((*bdf, Arc::clone(&function)));
+        let function: Arc<dyn HostFunction> = function;
         functions.push(PartFunction {
             host: function,
             space: space.unwrap_or_default(),
         });
     }
-    Ok(Opened { spaces, functions })
+    Ok(Opened {
+        spaces,
+        functions,
+        buses: hot_reset::buses(&opened, &groups),
+    })
 }
 
 #[expect(unsafe_code, reason = "what the container maps must be real memory")]

@@ -1,0 +1,192 @@
+//! A guest's processor.
+//!
+//! Whoever runs a [`Processor`] owns it; it runs in the thread that calls [`Processor::run`] until
+//! somebody says that it shall stop. What the guest does that KVM does not do itself goes to the
+//! [`Board`].
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_ioctls::{Cap, VcpuExit, VcpuFd};
+use memory_map::Gpa;
+
+use super::processor_state::{ProcessorState, write_msrs};
+use super::{KvmError, Vm, cpuid};
+use crate::{Access, Board};
+
+/// The default memory type and whether there are any (Intel's manual, volume 3, 12.11.2.1).
+const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
+/// On, and everything is write-back.
+const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
+/// Where the local vector table's two pins are in the local APIC's page, and what firmware sets
+/// them to: interrupts of the old controller, and NMI.
+const LOCAL_PINS: [(usize, u32); 2] = [(0x350, 7 << 8), (0x360, 4 << 8)];
+
+/// Why a processor does not run on.
+#[derive(Debug)]
+pub enum Stop {
+    /// It was told to.
+    Told,
+    /// It is in a state that only a reset ends, such as after a triple fault.
+    Shutdown,
+    /// KVM does not run it on.
+    Failed(String),
+}
+
+/// One processor.
+#[derive(Debug)]
+pub struct Processor {
+    fd: VcpuFd,
+    at_power_on: ProcessorState,
+}
+
+impl Processor {
+    pub(crate) fn new(vm: &Vm, number: u8, count: u8) -> Result<Self, KvmError> {
+        let fd = vm
+            .fd
+            .create_vcpu(number.into())
+            .map_err(|error| KvmError::new("making a processor", error))?;
+        let deadline = vm.fd.check_extension_raw(Cap::TscDeadlineTimer as _) > 0;
+        fd.set_cpuid2(&cpuid::of_processor(&vm.cpuid, number, count, deadline))
+            .map_err(|error| KvmError::new("telling a processor what it can do", error))?;
+        let caching = kvm_msr_entry {
+            index: MTRR_DEFAULT_TYPE,
+            data: MTRR_ON_WRITE_BACK,
+            ..Default::default()
+        };
+        write_msrs(&fd, &[caching])
+            .map_err(|error| KvmError::new("making memory cacheable", error))?;
+        set_local_pins(&fd)
+            .map_err(|error| KvmError::new("setting up a local interrupt controller", error))?;
+        Ok(Self {
+            at_power_on: ProcessorState::read(&fd, vm.msrs.as_slice())?,
+            fd,
+        })
+    }
+
+    /// Makes it what it was at power-on.
+    ///
+    /// # Errors
+    /// Where KVM refuses.
+    pub fn reset(&self) -> Result<(), KvmError> {
+        self.at_power_on.write(&self.fd)
+    }
+
+    /// Sets the registers with which a kernel is entered, starting from those of power-on.
+    ///
+    /// # Errors
+    /// Where KVM refuses.
+    pub fn enter_at(
+        &self,
+        registers: impl FnOnce(&mut kvm_regs, &mut kvm_sregs),
+    ) -> Result<(), KvmError> {
+        let failed = |error| KvmError::new("setting a processor's registers", error);
+        let mut general = self.at_power_on.registers;
+        let mut special = self.at_power_on.segments;
+        registers(&mut general, &mut special);
+        self.fd.set_sregs(&special).map_err(failed)?;
+        self.fd.set_regs(&general).map_err(failed)
+    }
+
+    /// Runs the guest until `stop` is set. A signal whose handler returns makes it look; one that
+    /// comes just before KVM is entered is lost, so whoever stops it sends signals until it has.
+    pub fn run(&mut self, board: &dyn Board, stop: &AtomicBool) -> Stop {
+        while !stop.load(Ordering::Acquire) {
+            match self.fd.run() {
+                Ok(exit) => {
+                    if let Some(stop) = carry_out(exit, board) {
+                        return stop;
+                    }
+                }
+                Err(error) => match error.errno() {
+                    libc::EINTR | libc::EAGAIN => {}
+                    libc::EFAULT if board.memory_fault(None) => {}
+                    _ => return Stop::Failed(format!("KVM does not run it: {error}")),
+                },
+            }
+        }
+        self.finish_access(board)
+    }
+
+    /// Has KVM finish what it handed over: the access is complete, and the instruction over, only
+    /// when KVM is entered again. Otherwise it would be finished after a reset, with the registers
+    /// of another time. The guest does not run on.
+    fn finish_access(&mut self, board: &dyn Board) -> Stop {
+        self.fd.set_kvm_immediate_exit(1);
+        let mut stop = Stop::Told;
+        // An access to memory has up to two parts of up to eight bytes each, and a string of
+        // accesses to ports is cut at pages.
+        while let Ok(exit) = self.fd.run() {
+            if let Some(other) = carry_out(exit, board) {
+                stop = other;
+                break;
+            }
+        }
+        self.fd.set_kvm_immediate_exit(0);
+        stop
+    }
+}
+
+/// Does what the guest wants and KVM leaves to us.
+fn carry_out(exit: VcpuExit<'_>, board: &dyn Board) -> Option<Stop> {
+    match exit {
+        VcpuExit::IoIn(port, data) => {
+            for piece in pieces(data.len()) {
+                if let Some(data) = data.get_mut(piece) {
+                    board.port(port, Access::Read(data));
+                }
+            }
+        }
+        VcpuExit::IoOut(port, data) => {
+            for piece in pieces(data.len()) {
+                if let Some(data) = data.get(piece) {
+                    board.port(port, Access::Write(data));
+                }
+            }
+        }
+        VcpuExit::MmioRead(gpa, data) => board.memory(Gpa::new(gpa), Access::Read(data)),
+        VcpuExit::MmioWrite(gpa, data) => board.memory(Gpa::new(gpa), Access::Write(data)),
+        VcpuExit::MemoryFault { gpa, .. } => {
+            if !board.memory_fault(Some(Gpa::new(gpa))) {
+                let why = format!("memory at {gpa:#x} cannot be had");
+                return Some(Stop::Failed(why));
+            }
+        }
+        VcpuExit::Shutdown => return Some(Stop::Shutdown),
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {}
+        VcpuExit::FailEntry(reason, _) => {
+            let why = format!("the processor refuses its state (reason {reason:#x})");
+            return Some(Stop::Failed(why));
+        }
+        VcpuExit::InternalError => {
+            let why = "KVM cannot emulate what it did, such as running code from a device";
+            return Some(Stop::Failed(why.to_owned()));
+        }
+        other => return Some(Stop::Failed(format!("KVM says {other:?}"))),
+    }
+    None
+}
+
+/// How `length` bytes at a port are accessed: at once, or byte by byte where KVM hands over what a
+/// string instruction does, which it does for ports of bytes.
+fn pieces(length: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let each = if matches!(length, 1 | 2 | 4) {
+        length
+    } else {
+        1
+    };
+    (0..length)
+        .step_by(each)
+        .map(move |at| at..at.saturating_add(each))
+}
+
+/// Sets the local vector table as firmware does.
+fn set_local_pins(processor: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    let mut apic = processor.get_lapic()?;
+    for (at, value) in LOCAL_PINS {
+        for (register, byte) in apic.regs.iter_mut().skip(at).zip(value.to_le_bytes()) {
+            *register = byte.cast_signed();
+        }
+    }
+    processor.set_lapic(&apic)
+}
