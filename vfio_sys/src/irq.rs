@@ -32,7 +32,9 @@ impl IrqIndex {
     pub const MSIX: Self = Self(VFIO_PCI_MSIX_IRQ_INDEX);
     /// An uncorrectable error was reported (AER).
     pub const ERROR: Self = Self(VFIO_PCI_ERR_IRQ_INDEX);
-    /// The host wants the device back.
+    /// The host wants the device back: it is unbound from its driver, or pulled out. That waits
+    /// until the device's file, all mappings and all dma-bufs of it are closed. It is signalled
+    /// every ten seconds until then. (Linux 4.0)
     pub const REQUEST: Self = Self(VFIO_PCI_REQ_IRQ_INDEX);
 }
 

@@ -6,9 +6,11 @@
 
 mod bench;
 mod cases;
+mod guest;
+mod guest_cases;
 mod interrupt_cases;
 mod real;
 
 pub use bench::{Bench, NvmeHost, Parts, RamAccess};
-pub use cases::{Case, FROM_BAR, cases, run, word_at, word_from_bar};
+pub use cases::{Case, FROM_BAR, cases, guest_cases, run, word_at, word_from_bar};
 pub use real::{Iommu, RealHost};
