@@ -13,7 +13,8 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
     EDU_AND_IVSHMEM:
         kernel_keeps_the_iommufd_contract,
         what_cannot_be_tried_breaks_the_iommufd_contract,
-        events_take_the_fewest_calls_on_the_kernel_too;
+        events_take_the_fewest_calls_on_the_kernel_too,
+        container_and_iommufd_beside_each_other_reach_each_others_bars;
     ONE_GROUP:
         kernel_keeps_the_iommufd_contract_in_one_group;
     ROOT_PORTS:
@@ -93,6 +94,15 @@ fn events_take_the_fewest_calls_on_the_kernel_too(bench: &mut Bench) -> Result<(
     let mappings = report.pointer("/mappings").and_then(Value::as_array);
     let all = status.success() && fewest && mappings.is_some_and(|it| it.len() == 2);
     ensure(all, || format!("{status}: {report:#}"))?;
+    before.ensure_same(bench)
+}
+
+/// One function in a type1 container, the other in an address space of an iommufd, each way about.
+fn container_and_iommufd_beside_each_other_reach_each_others_bars(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let before = Footprint::take(bench)?;
+    kept(bench, &["mixed-contract", "--json", EDU, IVSHMEM], 8)?;
     before.ensure_same(bench)
 }
 
