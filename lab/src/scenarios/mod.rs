@@ -230,6 +230,7 @@ pub fn all() -> Vec<&'static Scenario> {
         iommufd_bad_input::ON_THE_STOCK_KERNEL,
         unprivileged::SCENARIOS,
         unsuitable_hosts::SCENARIOS,
+        unsuitable_hosts::BY_IOMMUFD,
         process_end::SCENARIOS,
     ]
     .into_iter()
