@@ -8,9 +8,9 @@ use assigned_pci::{
     AssignedFunction, BarIndex, BarInfo, BarKind, CutOffSwitch, FunctionOptions, HostError,
     HostFunction, Windows, place_bars,
 };
-use dma_engine::{DmaEngine, Nvme, NvmeEngine, find_engine};
+use dma_engine::{ControllerMemoryBuffer, DmaEngine, Nvme, NvmeEngine, find_engine};
 use memory_map::{
-    Backing, CutOff, DmaTarget, Filter, Gpa, GpaRange, IovaRange, Quarantine, RegionId,
+    Backing, CutOff, DmaTarget, Filter, Gpa, GpaRange, Iova, IovaRange, Quarantine, RegionId,
     RegionManager, TargetHandle, TargetName, TargetOptions,
 };
 
@@ -302,6 +302,18 @@ impl Member {
         engine
             .finish()
             .with_context(|| format!("putting back what the {name} has overwritten failed"))
+    }
+
+    /// Has it show what memory it has in its BARs, as its guest's driver would: an NVMe controller
+    /// hides its memory buffer after each reset.
+    pub fn show_memory(&self) {
+        /// Where the controller is to take its own buffer for meant: no IOMMU leads there.
+        const NOWHERE: Iova = Iova::new(1 << 62);
+        let host = self.function.host();
+        if Nvme::drives(host) {
+            // What has none, or does not show it, is seen by the data.
+            let _shown = ControllerMemoryBuffer::enable(host, NOWHERE);
+        }
     }
 
     /// Its memory BARs.

@@ -196,6 +196,7 @@ fn filtered(
     if from.engine.is_none() || !bar.is_prefetchable() || bar.info.size < LEN_64 {
         return Ok(None);
     }
+    peer.show_memory();
     let offset = offset_in(&bar);
     let at = Gpa::new(bar.range()?.start().raw().saturating_add(offset));
     let before = read_bar(&peer.function, pair.index, offset, LEN);

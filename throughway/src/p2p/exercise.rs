@@ -109,6 +109,7 @@ fn one(
     let at = Iova::new(bar.range()?.start().raw().saturating_add(offset));
     let engine = from.engine.as_mut().context("an engine is gone")?;
 
+    to.show_memory();
     let before = read_bar(&to.function, index, offset, len);
     let there = pattern(seed.wrapping_mul(2), len);
     ram.write(SOURCE, &there)?;

@@ -47,6 +47,8 @@ pub fn until_end(
     holding: &mut dyn Holding,
     mut witness: Option<&mut Source<'_>>,
 ) -> Result<()> {
+    // It may last, and end by the program being killed: nothing is to be put back by then.
+    assembly.rest()?;
     holding.begins(report);
     while !assembly.members.is_empty() {
         let Ask::GiveBack(name) = holding.next()? else {
@@ -60,6 +62,7 @@ pub fn until_end(
         let mut others = None;
         if witness.is_some() {
             exercise::all(assembly, &mut report.pairs)?;
+            assembly.rest()?;
             others = exercised_by_now(&report.pairs);
         }
         report.removed.push(Removed {

@@ -3,6 +3,7 @@
 use sim_host::{SimBus, SimDisk};
 
 use super::*;
+use crate::p2p::hold::{Ask, Holding};
 
 const NVME: &str = "0000:00:08.0";
 const SECOND: &str = "0000:00:09.0";
@@ -157,6 +158,58 @@ fn a_hot_reset_finds_the_siblings_engine_at_rest() {
     }
 }
 
+/// Whoever may end the program sees the disks.
+struct Watching<'r> {
+    rig: &'r Rig,
+    before: [Vec<u8>; 2],
+    asked: Vec<&'static str>,
+}
+
+impl Holding for Watching<'_> {
+    fn begins(&mut self, so_far: &P2pReport) {
+        assert_eq!(pair(so_far, NVME, SECOND, 2).exercised, Some(Exercised::Ok));
+        assert_eq!(self.rig.contents(), self.before);
+    }
+
+    fn next(&mut self) -> anyhow::Result<Ask> {
+        assert_eq!(self.rig.contents(), self.before);
+        let next = self.asked.pop();
+        Ok(next.map_or(Ask::End, |name| Ask::GiveBack(name.into())))
+    }
+
+    fn given_back(&mut self, _: &str) {}
+}
+
+#[test]
+fn disks_are_as_before_all_the_time_that_everything_is_held() {
+    for kind in KINDS {
+        let rig = Rig::new();
+        let mut holding = Watching {
+            rig: &rig,
+            before: rig.contents(),
+            asked: vec![SECOND, PEER],
+        };
+        let mut assembly = rig.assembly(kind, &[], &[NVME, SECOND]);
+        let mut witness = || -> anyhow::Result<Box<dyn Evidence>> {
+            drop(rig.host.take_faults());
+            Ok(Box::new(SimFaults(rig.host.clone())))
+        };
+        let report = crate::p2p::examine(
+            &mut assembly,
+            choice(),
+            false,
+            Some(&mut witness),
+            Some(&mut holding),
+        );
+        let report = report.unwrap();
+        assert!(report.ok, "{report}");
+        assert_eq!(report.removed.len(), 2, "{report}");
+        drop(assembly);
+        assert_eq!(rig.contents(), holding.before);
+        ensure_clean(&rig.host);
+    }
+}
+
 #[test]
 fn a_controller_of_which_nothing_is_lent_is_never_an_engine() {
     let rig = Rig::new();
@@ -238,6 +291,34 @@ fn a_peer_that_is_not_mapped_is_a_mismatch_and_no_failure_of_the_run() {
     let bar2 = pair(&report, NVME, PEER, 2);
     assert_eq!(bar2.exercised, Some(Exercised::Mismatch));
     assert!(bar2.note.as_ref().unwrap().contains("Data Transfer Error"));
+}
+
+/// CMBMSC (NVM Express 1.4, 3.1.15).
+fn buffer_control(function: &SimFunction) -> u64 {
+    let mut data = [0; 8];
+    for (half, at) in data.chunks_mut(4).zip([0x50, 0x54]) {
+        let bar = assigned_pci::BarIndex::ALL[0];
+        function.bar_read(bar, at, half).unwrap();
+    }
+    u64::from_le_bytes(data)
+}
+
+#[test]
+fn a_memory_buffer_is_shown_before_it_is_tried_and_again_after_a_reset() {
+    let rig = Rig::new();
+    let [_, _, controller, _] = rig.functions.as_slice() else {
+        panic!("four functions");
+    };
+    let mut assembly = rig.assembly(Kind::Type1, &[], &[]);
+    let mut pairs = assembly.pairs().unwrap();
+    assert_eq!(buffer_control(controller), 0);
+    super::super::exercise::all(&mut assembly, &mut pairs).unwrap();
+    let shown = buffer_control(controller);
+    assert_eq!(shown, 1 << 62 | 3);
+    // Each control that hides it is followed by moving data once more.
+    let report = report(&rig.host, &mut assembly);
+    assert!(report.ok, "{report}");
+    assert_eq!(buffer_control(controller), shown);
 }
 
 #[test]
