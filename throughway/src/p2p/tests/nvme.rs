@@ -2,6 +2,7 @@
 
 use sim_host::SimDisk;
 
+use super::super::hold::Ask;
 use super::*;
 
 const NVME: &str = "0000:00:08.0";
@@ -113,6 +114,60 @@ fn controllers_reach_their_peers_and_each_others_buffers_and_disks_are_as_before
         assert_eq!(rig.contents(), before);
         drop(assembly);
         assert_eq!(rig.contents(), before);
+        ensure_clean(&rig.host);
+    }
+}
+
+/// The host that wants a controller back, and looks at its disk when it has it.
+struct Wants {
+    asked: Option<&'static str>,
+    disk: SimDisk,
+    found: Vec<Vec<u8>>,
+}
+
+impl Holding for Wants {
+    fn begins(&mut self, _: &P2pReport) {
+        self.found.push(contents(&self.disk));
+    }
+
+    fn next(&mut self) -> anyhow::Result<Ask> {
+        let asked = self.asked.take();
+        Ok(asked.map_or(Ask::End, |it| Ask::GiveBack(it.into())))
+    }
+
+    fn given_back(&mut self, _: &str) {
+        self.found.push(contents(&self.disk));
+    }
+}
+
+#[test]
+fn a_controller_that_is_given_back_has_put_its_disk_back_before() {
+    for kind in KINDS {
+        let rig = Rig::new();
+        let [before, _] = rig.contents();
+        let mut assembly = rig.assembly(kind, &[], &[NVME, SECOND]);
+        let mut wants = Wants {
+            asked: Some(NVME),
+            disk: rig.disks[0].clone(),
+            found: Vec::new(),
+        };
+        let report = held(&rig.host, &mut assembly, Some(&mut wants));
+        assert!(report.ok, "{report}");
+        let [held, given_back] = &wants.found[..] else {
+            panic!("{report}");
+        };
+        assert_ne!(*held, before, "blocks are lent while it is held");
+        assert_eq!(*given_back, before);
+        // The other controller and the edu have tried its buffer in vain, and go on.
+        let taken = report.controls.iter();
+        let taken = taken.filter(|it| it.what == "a BAR of a function that the host takes back");
+        let taken: Vec<_> = taken.map(|it| (it.from.as_str(), it.observed)).collect();
+        assert_eq!(
+            taken,
+            [(EDU, Observed::Blocked), (SECOND, Observed::Blocked)]
+        );
+        assert_eq!(report.removed[0].others, Some(Exercised::Ok));
+        drop(assembly);
         ensure_clean(&rig.host);
     }
 }
