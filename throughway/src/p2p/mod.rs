@@ -25,7 +25,7 @@ use memory_map::{Backing, GRANULE};
 use vfio_sys::Bdf;
 
 use self::assembly::{Assembly, Parts};
-use self::choice::{Choice, Iommu};
+use self::choice::{Choice, Iommu, Kind};
 use self::hold::{Ask, Holding};
 use self::host::Requests;
 use self::policy::{P2pChoice, Policy};
@@ -220,7 +220,8 @@ fn examine(
         if witness.is_none() {
             exercise::all(assembly, &mut pairs)?;
         }
-        let (done, tried) = stress::run(assembly, &mut pairs, stress)?;
+        let kernel_revokes = choice.chosen == Kind::Iommufd;
+        let (done, tried) = stress::run(assembly, &mut pairs, stress, kernel_revokes)?;
         stressed = Some(done);
         controls.extend(tried);
     }

@@ -4,8 +4,9 @@
 //! In a round, all at the same time, every BAR that data were moved into is moved to and fro, its
 //! function stops decoding, sleeps and is reset, its bus is reset, and every address space is
 //! unregistered and registered again. That makes mappings fail, be refused and be revoked while they
-//! are made. When all have stopped, the functions are first left as they are, then put back as a
-//! guest's driver would, with each BAR at the one of its two places in turn. Both times what the reach calls mapped must be reached, and where it says
+//! are made. When all have stopped, the functions are first left as they are (in every other round
+//! put back and then revoked once more), then put back as a guest's driver would, with each BAR at the
+//! one of its two places in turn. Both times what the reach calls mapped must be reached, and where it says
 //! that there is nothing, nothing may arrive.
 
 use std::sync::Arc;
@@ -69,10 +70,14 @@ struct Sent {
 
 /// So many rounds with every pair that was exercised. What is not as it should be is noted in the
 /// pairs and in the controls.
+///
+/// Where the kernel revokes mappings, functions are also reset behind the back of those who map
+/// them, who are told only afterwards. Elsewhere that would be an access to what does not answer.
 pub fn run(
     assembly: &mut Assembly,
     pairs: &mut [Pair],
     rounds: u32,
+    kernel_revokes: bool,
 ) -> Result<(Stress, Vec<Control>)> {
     let buses = buses(assembly, pairs)?;
     let victims = victims(assembly, pairs, &buses)?;
@@ -88,8 +93,20 @@ pub fn run(
         for member in &mut assembly.members {
             member.rest()?;
         }
-        storm(assembly, &victims, &buses, seed, &mut stress)?;
+        let plot = Plot {
+            victims: &victims,
+            buses: &buses,
+            seed,
+            kernel_revokes,
+        };
+        storm(assembly, plot, &mut stress)?;
         let side = usize::from(!round.is_multiple_of(2));
+        if side == 0 {
+            put_back(&victims, side);
+            for victim in &victims {
+                revoke(victim, kernel_revokes);
+            }
+        }
         for as_left in [true, false] {
             let mut sent = Vec::new();
             if !as_left {
@@ -216,14 +233,23 @@ fn movable<'v>(victims: &'v [Victim], pair: &Pair) -> Option<&'v Movable> {
     tried.then_some(found)
 }
 
-/// All threads of one round.
-fn storm(
-    assembly: &mut Assembly,
-    victims: &[Victim],
-    buses: &[(Bus, Vec<Arc<AssignedFunction>>)],
+/// What happens in one round.
+#[derive(Clone, Copy)]
+struct Plot<'p> {
+    victims: &'p [Victim],
+    buses: &'p [(Bus, Vec<Arc<AssignedFunction>>)],
     seed: u64,
-    stress: &mut Stress,
-) -> Result<()> {
+    kernel_revokes: bool,
+}
+
+/// All threads of one round.
+fn storm(assembly: &mut Assembly, plot: Plot<'_>, stress: &mut Stress) -> Result<()> {
+    let Plot {
+        victims,
+        buses,
+        seed,
+        kernel_revokes,
+    } = plot;
     let over = AtomicBool::new(false);
     let targets = std::mem::take(&mut assembly.targets);
     let (map, spaces) = (&assembly.map, &assembly.spaces);
@@ -234,7 +260,13 @@ fn storm(
             .collect();
         let mut others: Vec<ScopedJoinHandle<'_, Result<u64>>> = Vec::new();
         for (seed, victim) in (seed..).zip(victims) {
-            others.push(scope.spawn(move || Ok(upset(victim, seed))));
+            let over = &over;
+            others.push(scope.spawn(move || {
+                let events = upset(victim, seed, kernel_revokes);
+                // What the others still do is not made good by a move.
+                over.store(true, Ordering::Relaxed);
+                Ok(events)
+            }));
         }
         for (bus, functions) in buses {
             others.push(scope.spawn(|| hot_reset(bus, functions)));
@@ -260,7 +292,7 @@ fn storm(
     Ok(())
 }
 
-/// Moves the BARs to and fro until all else is over. How often.
+/// Moves the BARs to and fro until the first of the others is done. How often.
 fn move_about(victim: &Victim, over: &AtomicBool) -> u64 {
     let mut moves = 0_u64;
     while !over.load(Ordering::Relaxed) && !victim.bars.is_empty() {
@@ -278,7 +310,7 @@ fn move_about(victim: &Victim, over: &AtomicBool) -> u64 {
 }
 
 /// One event after the other, as the seed says; mostly the function is then put back. How many.
-fn upset(victim: &Victim, seed: u64) -> u64 {
+fn upset(victim: &Victim, seed: u64, kernel_revokes: bool) -> u64 {
     let driver = GuestDriver(&victim.function);
     let mut events = 0_u64;
     for byte in pattern(seed, EVENTS) {
@@ -296,9 +328,7 @@ fn upset(victim: &Victim, seed: u64) -> u64 {
             3 => {
                 let _in_the_map = victim.function.reset();
             }
-            _ => {
-                let _in_the_map = victim.function.mappings_may_be_revoked();
-            }
+            _ => revoke(victim, kernel_revokes),
         }
         events = events.saturating_add(1);
         if byte >= 0x40 {
@@ -306,6 +336,12 @@ fn upset(victim: &Victim, seed: u64) -> u64 {
         }
     }
     events
+}
+
+/// As when somebody else resets a sibling of it, or the host recovers it from an error.
+fn revoke(victim: &Victim, kernel_revokes: bool) {
+    let _refused = kernel_revokes.then(|| victim.function.host().reset());
+    let _in_the_map = victim.function.mappings_may_be_revoked();
 }
 
 fn hot_reset(bus: &Bus, functions: &[Arc<AssignedFunction>]) -> Result<u64> {

@@ -7,10 +7,11 @@ use super::*;
 const ROUNDS: u32 = 8;
 
 /// So many rounds, with the report as it is then.
-fn stressed(assembly: &mut Assembly) -> P2pReport {
+fn stressed(assembly: &mut Assembly, kind: Kind) -> P2pReport {
     let mut pairs = assembly.pairs().unwrap();
     exercise::all(assembly, &mut pairs).unwrap();
-    let (stress, controls) = run(assembly, &mut pairs, ROUNDS).unwrap();
+    let revokes = kind == Kind::Iommufd;
+    let (stress, controls) = run(assembly, &mut pairs, ROUNDS, revokes).unwrap();
     let mut report = P2pReport::new(choice(), pairs, controls);
     report.stress = Some(stress);
     report
@@ -35,7 +36,7 @@ fn what_is_told_after_everything_at_once_is_true() {
         };
         let mut assembly = assemble_with(&host, parts, Vec::new(), vec![bus]);
         let spaces = u64::try_from(assembly.targets.len()).unwrap();
-        let report = stressed(&mut assembly);
+        let report = stressed(&mut assembly, kind);
         assert!(report.ok, "{report}");
         let Some(Stress {
             rounds,
@@ -67,7 +68,7 @@ fn what_is_told_after_everything_at_once_is_true() {
 fn a_mapping_that_stays_is_told_after_everything_at_once() {
     let host = SimHost::default();
     let mut assembly = wrapped(&host, |target| Box::new(Deaf(target)));
-    let report = stressed(&mut assembly);
+    let report = stressed(&mut assembly, Kind::Type1);
     assert!(!report.ok);
     let mut controls = report.controls.iter();
     assert!(controls.any(|control| control.observed == Observed::Arrived));
@@ -100,7 +101,7 @@ impl DmaTarget for Idle {
 fn a_mapping_that_is_not_made_is_told_after_everything_at_once() {
     let host = SimHost::default();
     let mut assembly = wrapped(&host, |target| Box::new(Idle(target, Vec::new())));
-    let report = stressed(&mut assembly);
+    let report = stressed(&mut assembly, Kind::Type1);
     assert!(!report.ok);
     let wrong = pair(&report, EDU, PEER, 2);
     assert_eq!(wrong.exercised, Some(Exercised::Mismatch));
