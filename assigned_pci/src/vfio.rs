@@ -3,6 +3,11 @@
 //! The embedder opens the device and makes a [`VfioFunction`] of it, which owns it. The backings
 //! of its BARs are made then, once; regions and mappings hold clones of them, each of which
 //! shares the device's file, so the device is given back when the last of them is gone.
+//!
+//! A host that wants a device back (it is pulled out, or unbound) signals
+//! [`IrqIndex::REQUEST`](vfio_sys::IrqIndex::REQUEST) and waits for that. Its embedder then
+//! [removes](crate::AssignedFunction::remove) the function from the guest, which takes its BARs out
+//! of every target, unregisters a target that nobody else is behind, and drops the function.
 
 use std::fmt;
 use std::io;

@@ -72,7 +72,7 @@ fn kernel_keeps_the_iommufd_contract_through_resets(
 ) -> Result<(), ScenarioError> {
     let before = Footprint::take(bench)?;
     let argv = ["iommufd-contract", "--json", "--resets", EDU, NVME];
-    kept(bench, &argv, FEWEST + 5)?;
+    kept(bench, &argv, FEWEST + 6)?;
     before.ensure_same(bench)
 }
 
