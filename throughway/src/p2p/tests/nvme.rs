@@ -156,7 +156,7 @@ fn a_controller_that_is_given_back_has_put_its_disk_back_before() {
         let [held, given_back] = &wants.found[..] else {
             panic!("{report}");
         };
-        assert_ne!(*held, before, "blocks are lent while it is held");
+        assert_eq!(*held, before, "nothing is overwritten while it is held");
         assert_eq!(*given_back, before);
         // The other controller and the edu have tried its buffer in vain, and go on.
         let taken = report.controls.iter();
