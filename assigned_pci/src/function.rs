@@ -276,7 +276,7 @@ impl AssignedFunction {
     }
 
     /// What the guest sees of one of its [capabilities](Self::capabilities). Where the
-    /// [table](CapabilityRule) says *emulated* and nobody delivers interrupts, it is hidden.
+    /// [table](crate::CapabilityRule) says *emulated* and nobody delivers interrupts, it is hidden.
     #[must_use]
     pub fn treatment(&self, capability: &Capability) -> Treatment {
         match capability.rule() {

@@ -3,6 +3,11 @@
 //! The embedder opens the device and makes a [`VfioFunction`] of it, which owns it. The backings
 //! of its BARs are made then, once; regions and mappings hold clones of them, each of which
 //! shares the device's file, so the device is given back when the last of them is gone.
+//!
+//! A host that wants a device back (it is pulled out, or unbound) signals
+//! [`IrqIndex::REQUEST`](vfio_sys::IrqIndex::REQUEST) and waits for that. Its embedder then
+//! [removes](crate::AssignedFunction::remove) the function from the guest, which takes its BARs out
+//! of every target, unregisters a target that nobody else is behind, and drops the function.
 
 use std::fmt;
 use std::io;
@@ -243,6 +248,23 @@ const fn irq_index(kind: MsiKind) -> IrqIndex {
     }
 }
 
+/// The upper byte of the command register, and *interrupt disable* in it.
+const COMMAND_HIGH: u64 = 5;
+const INTX_DISABLE: u8 = 1 << 2;
+
+/// Linux clears the physical *interrupt disable* when it disables MSI or MSI-X, and vfio-pci, whose
+/// own is still set, makes the physical one follow changes only. So where it is set, it is changed.
+fn hold_intx_off_again(config: &Region) -> io::Result<()> {
+    let mut high = [0];
+    config.read(COMMAND_HIGH, &mut high)?;
+    let [set] = high;
+    if set & INTX_DISABLE != 0 {
+        config.write(COMMAND_HIGH, &[set & !INTX_DISABLE])?;
+        config.write(COMMAND_HIGH, &[set])?;
+    }
+    Ok(())
+}
+
 /// Whether an access is one that a bus makes in one piece.
 fn is_natural(offset: u64, length: usize) -> bool {
     matches!(length, 1 | 2 | 4 | 8) && offset.is_multiple_of(length as u64)
@@ -312,7 +334,8 @@ impl HostFunction for VfioFunction {
     }
 
     fn disconnect_vectors(&self, kind: MsiKind) -> io::Result<()> {
-        self.device.disable_irqs(irq_index(kind))
+        self.device.disable_irqs(irq_index(kind))?;
+        hold_intx_off_again(&self.config)
     }
 
     fn is_virtual(&self) -> bool {
@@ -449,6 +472,16 @@ mod tests {
         assert!(answers("0000:00:05.0", &config).is_err());
         config.write_u32(8, 0x0200_0001).unwrap();
         answers("0000:00:05.0", &config).unwrap();
+    }
+
+    #[test]
+    fn intx_is_held_off_where_it_was() {
+        let config = region(READ | WRITE, 0x100, None);
+        for command in [0x0406, 0x0507, 0x0002] {
+            config.write_u32(4, 0x0010_0000 | command).unwrap();
+            hold_intx_off_again(&config).unwrap();
+            assert_eq!(config.read_u32(4).unwrap(), 0x0010_0000 | command);
+        }
     }
 
     #[test]

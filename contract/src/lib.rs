@@ -4,7 +4,8 @@
 //! [`run`] tries every [`Case`] on a [`Type1Host`], each on a fresh container; [`iommufd::run`]
 //! every [`iommufd::Case`] on an [`iommufd::IommufdHost`], each on a fresh iommufd. The crate's
 //! tests run them on `sim_host`; its programs `type1-contract` and `iommufd-contract` run them on
-//! the kernel that they find themselves on, with two functions that are bound to vfio-pci.
+//! the kernel that they find themselves on, with two functions that are bound to vfio-pci. [`mixed`]
+//! puts one function into a container and the other into an iommufd.
 
 mod bench;
 mod cases;
@@ -13,6 +14,7 @@ pub mod iommufd;
 mod limit_cases;
 mod locked_limit;
 mod map_cases;
+pub mod mixed;
 mod model;
 pub mod nvme;
 mod random_cases;

@@ -21,7 +21,7 @@ use iommu::IoAddressSpace;
 use memory_map::{Access, Backing, BackingObject, Errno, HostMapping, HostVa, IovaRange};
 use sim_host::{
     BrokenTranslation, Call, CallPoint, CallRecord, FunctionSpec, GroupId, PowerManagement,
-    SimBarArea, SimFunction, SimHost, SimIoas, SimIommufd, SimRam,
+    SimBarArea, SimBus, SimFunction, SimHost, SimIoas, SimIommufd, SimRam,
 };
 
 const RAM_SIZE: u64 = 0x4_0000;
@@ -236,6 +236,10 @@ impl Bench for SimBench {
 
     fn memory(&self) -> Arc<dyn HostFunction> {
         Arc::clone(&self.peer) as Arc<dyn HostFunction>
+    }
+
+    fn hot_reset(&self) -> io::Result<()> {
+        SimBus::new([Arc::clone(&self.peer)]).hot_reset()
     }
 
     fn set_decoding(&self, on: bool) -> io::Result<()> {

@@ -642,6 +642,8 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
     /// Whatever a guest writes while the host and the controller refuse what they like: nobody
     /// panics, what is connected is what the registers say once nobody refuses any more, and it is
     /// nothing after a reset. The fake controller complains of what is asked for in vain.
@@ -662,9 +664,11 @@ proptest! {
                 Action::Raise(kind, vector) => drop(vectors.raise(kind, vector)),
                 Action::Refuse(refuses) => guest.controller.refuse(refuses),
                 Action::Limit(limit) => vectors.limit(limit),
-                Action::Reset => drop(guest.function().reset()),
+                Action::Reset => {
+                    drop(guest.function().reset());
+                    let _ = guest.bench.command(ON);
+                }
             }
-            let _ = guest.bench.command(ON);
         }
         guest.controller.refuse(false);
         vectors.limit(None);

@@ -139,6 +139,13 @@ pub trait Bench {
     /// [`resetting_cases`]: super::resetting_cases
     fn memory(&self) -> Arc<dyn HostFunction>;
 
+    /// Resets the bus of the function with the BAR, on which there must be nobody else's
+    /// (`VFIO_DEVICE_PCI_HOT_RESET`).
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    fn hot_reset(&self) -> io::Result<()>;
+
     /// Has the function with the BAR decode memory, or not.
     ///
     /// # Errors

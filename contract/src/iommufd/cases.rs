@@ -164,6 +164,7 @@ pub fn resetting_cases() -> Vec<Case> {
     cases![
         reset_cases::a_mapping_is_dead_after_a_reset,
         reset_cases::a_mapping_is_dead_after_a_function_level_reset,
+        reset_cases::a_mapping_is_dead_after_a_hot_reset_whatever_it_says,
         reset_cases::a_mapping_is_dead_after_sleep,
         reset_cases::a_sleeping_functions_bar_is_enodev,
         reset_cases::a_reset_without_decoding_leaves_the_bar_revoked,

@@ -319,6 +319,10 @@ impl Bench for RealBench {
         Arc::clone(&self.memory) as Arc<dyn HostFunction>
     }
 
+    fn hot_reset(&self) -> io::Result<()> {
+        self.memory.device().hot_reset(&[])
+    }
+
     fn set_decoding(&self, on: bool) -> io::Result<()> {
         set_command(&self.memory, if on { MEMORY | MASTER } else { MASTER })
     }

@@ -3,7 +3,7 @@
 use std::io;
 
 use assigned_pci::HostFunction;
-use libc::ENODEV;
+use libc::{EINVAL, ENODEV};
 use memory_map::Access;
 
 use super::Bench;
@@ -97,6 +97,21 @@ pub(crate) fn a_mapping_is_dead_after_a_reset(bench: &mut dyn Bench) -> Verdict 
 
 pub(crate) fn a_mapping_is_dead_after_a_function_level_reset(bench: &mut dyn Bench) -> Verdict {
     dead_after(bench, function_level_reset)
+}
+
+/// A hot reset of the bus, which may fail after it was done, where a link does not come up again.
+pub(crate) fn a_mapping_is_dead_after_a_hot_reset_whatever_it_says(
+    bench: &mut dyn Bench,
+) -> Verdict {
+    dead_after(bench, |bench| {
+        match bench.hot_reset() {
+            // That is for a function without a bus of its own: nothing was tried.
+            Err(error) if matches!(error.raw_os_error(), Some(EINVAL | ENODEV)) => {
+                Err(error.into())
+            }
+            _ => Ok(()),
+        }
+    })
 }
 
 pub(crate) fn a_mapping_is_dead_after_sleep(bench: &mut dyn Bench) -> Verdict {

@@ -14,3 +14,4 @@ mod real;
 pub use bench::{Bench, NvmeHost, Parts, RamAccess};
 pub use cases::{Case, FROM_BAR, cases, guest_cases, run, word_at, word_from_bar};
 pub use real::{Iommu, RealHost};
+pub(crate) use real::{RealRam, open};

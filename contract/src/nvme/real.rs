@@ -41,7 +41,7 @@ pub struct RealHost {
 }
 
 /// A backing that is a [`Ram`].
-struct RealRam(Backing);
+pub(crate) struct RealRam(pub Backing);
 
 impl RealRam {
     fn ram(&self) -> io::Result<&Ram> {
@@ -69,7 +69,7 @@ fn function(bdf: Bdf, device: Device) -> io::Result<Arc<dyn HostFunction>> {
     Ok(Arc::new(function))
 }
 
-type Opened = (Box<dyn DmaTarget>, Vec<Arc<dyn HostFunction>>);
+pub(crate) type Opened = (Box<dyn DmaTarget>, Vec<Arc<dyn HostFunction>>);
 
 fn open_type1(functions: &[Bdf]) -> io::Result<Opened> {
     let mut opener = Opener::new(Sysfs::default());
@@ -110,16 +110,21 @@ fn open_iommufd(functions: &[Bdf]) -> io::Result<Opened> {
     Ok((Box::new(target), opened))
 }
 
+/// Opens functions that share an address space, and gives it as a target, with them in their order.
+pub(crate) fn open(iommu: Iommu, functions: &[Bdf]) -> io::Result<Opened> {
+    match iommu {
+        Iommu::Type1 => open_type1(functions),
+        Iommu::Iommufd => open_iommufd(functions),
+    }
+}
+
 impl NvmeHost for RealHost {
     fn parts(&self) -> io::Result<Parts> {
         let wanted: Vec<Bdf> = [self.nvme, self.peer]
             .into_iter()
             .chain(self.engine)
             .collect();
-        let (target, opened) = match self.iommu {
-            Iommu::Type1 => open_type1(&wanted)?,
-            Iommu::Iommufd => open_iommufd(&wanted)?,
-        };
+        let (target, opened) = open(self.iommu, &wanted)?;
         let mut opened = opened.into_iter();
         let (Some(nvme), Some(peer)) = (opened.next(), opened.next()) else {
             return Err(io::Error::other("fewer functions than were opened"));

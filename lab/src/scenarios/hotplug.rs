@@ -184,14 +184,18 @@ kill -CONT $(cat /tmp/pid)"
     Ok(run)
 }
 
+/// Its BAR is in two address spaces, those of the two engines, and leaves both.
 fn peer_that_is_pulled_out_while_it_is_mapped_is_given_back(
     bench: &mut Bench,
 ) -> Result<(), ScenarioError> {
     let pulled = far_ivshmem();
+    let group = |name, edu| format!("group={name}:{edu},{IVSHMEM},{}", pulled.function);
+    let (one, two) = (group("one", EDU), group("two", FAR_EDU));
+    let options = ["--p2p", &one, "--p2p", &two];
     for way in ways(bench)? {
         let before = Footprint::take(bench)?.pinned_pages();
         let functions = [EDU, IVSHMEM, FAR_EDU, pulled.function];
-        let run = pulled_out_of_a_run(bench, way, &[], &functions, &pulled)?;
+        let run = pulled_out_of_a_run(bench, way, &options, &functions, &pulled)?;
         for from in [EDU, FAR_EDU] {
             run.ensure_exercised(from, IVSHMEM, 2)?;
             let gone = run.pair(from, pulled.function, 2)?;

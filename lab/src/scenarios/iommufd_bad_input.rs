@@ -14,6 +14,7 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
     on IOMMUFD_KERNEL;
     EDU_AND_IVSHMEM:
         missing_iommufd_is_named_with_what_to_load,
+        hidden_device_file_is_named_with_who_may_hide_it,
         file_without_permission_comes_with_the_command_that_gives_it,
         locked_memory_of_all_processes_is_told_with_the_need,
         device_without_vfio_comes_with_the_commands_that_bind_it,
@@ -73,6 +74,19 @@ fn missing_iommufd_is_named_with_what_to_load(bench: &mut Bench) -> Result<(), S
         ],
     );
     bench.shell("mv /dev/iommu.away /dev/iommu")?;
+    told?;
+    works(bench)
+}
+
+/// As in a container that shows some of the host's files.
+fn hidden_device_file_is_named_with_who_may_hide_it(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let file = cdev(bench, IVSHMEM)?;
+    bench.shell(&format!("mv {file} /dev/hidden"))?;
+    let missing = format!("the device file {file} is missing");
+    let told = refused(bench, &[&missing, "container or chroot"]);
+    bench.shell(&format!("mv /dev/hidden {file}"))?;
     told?;
     works(bench)
 }

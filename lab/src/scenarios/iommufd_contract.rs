@@ -1,5 +1,7 @@
 //! The contract of iommufd that the simulated host keeps too, tried on the real kernel.
 
+use serde_json::Value;
+
 use super::contract_suite::{self, kept};
 use super::footprint::Footprint;
 use super::{EDU, IOMMUFD_KERNEL, IVSHMEM, NVME, SIBLING_IVSHMEM};
@@ -10,7 +12,9 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
     on IOMMUFD_KERNEL;
     EDU_AND_IVSHMEM:
         kernel_keeps_the_iommufd_contract,
-        what_cannot_be_tried_breaks_the_iommufd_contract;
+        what_cannot_be_tried_breaks_the_iommufd_contract,
+        events_take_the_fewest_calls_on_the_kernel_too,
+        container_and_iommufd_beside_each_other_reach_each_others_bars;
     ONE_GROUP:
         kernel_keeps_the_iommufd_contract_in_one_group;
     ROOT_PORTS:
@@ -68,7 +72,37 @@ fn kernel_keeps_the_iommufd_contract_through_resets(
 ) -> Result<(), ScenarioError> {
     let before = Footprint::take(bench)?;
     let argv = ["iommufd-contract", "--json", "--resets", EDU, NVME];
-    kept(bench, &argv, FEWEST + 5)?;
+    kept(bench, &argv, FEWEST + 6)?;
+    before.ensure_same(bench)
+}
+
+/// What `docs/performance.md` tells of calls, with few rounds: no time counts here.
+fn events_take_the_fewest_calls_on_the_kernel_too(bench: &mut Bench) -> Result<(), ScenarioError> {
+    let before = Footprint::take(bench)?;
+    let few = "--turns=2 --events=2 --regions=10 --mib=4";
+    let mut argv = vec!["iommufd-figures", "--json"];
+    argv.extend(few.split(' ').chain([EDU, IVSHMEM]));
+    let (status, report) = bench.run_json(&argv)?;
+    let calls = |event: usize, kind: &str| {
+        let path = format!("/events/{event}/calls/{kind}");
+        report.pointer(&path).and_then(Value::as_u64)
+    };
+    let each = [1, 1, 1, 10, 1];
+    let fewest = each.into_iter().enumerate().all(|(event, expected)| {
+        ["maps", "unmaps"].map(|kind| calls(event, kind)) == [Some(expected); 2]
+    });
+    let mappings = report.pointer("/mappings").and_then(Value::as_array);
+    let all = status.success() && fewest && mappings.is_some_and(|it| it.len() == 2);
+    ensure(all, || format!("{status}: {report:#}"))?;
+    before.ensure_same(bench)
+}
+
+/// One function in a type1 container, the other in an address space of an iommufd, each way about.
+fn container_and_iommufd_beside_each_other_reach_each_others_bars(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let before = Footprint::take(bench)?;
+    kept(bench, &["mixed-contract", "--json", EDU, IVSHMEM], 8)?;
     before.ensure_same(bench)
 }
 

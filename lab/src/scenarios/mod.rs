@@ -238,6 +238,7 @@ pub fn all() -> Vec<&'static Scenario> {
         unprivileged::SCENARIOS,
         unsuitable_hosts::SCENARIOS,
         guest_program::SCENARIOS,
+        unsuitable_hosts::BY_IOMMUFD,
         process_end::SCENARIOS,
     ]
     .into_iter()

@@ -22,6 +22,7 @@ pub const RESET_UNDECODED: &str = "a BAR after a function-level reset with its d
 pub const HOT_RESET: &str = "a BAR after a hot reset of its bus";
 pub const BEFORE_THE_MOVE: &str = "where a BAR was before it moved";
 pub const TAKEN_BACK: &str = "a BAR of a function that the host takes back";
+pub const NOTHING_TOLD: &str = "where no BAR is told to be after everything at once";
 pub const UNREGISTERED: &str = "RAM after the IOMMU was unregistered";
 /// Of an engine that fetches commands from RAM: it does not get that far.
 pub const OWN_UNREGISTERED: &str = "the engine's own RAM after the IOMMU was unregistered";
@@ -59,6 +60,8 @@ pub struct P2pRun {
     pub controls: Vec<Control>,
     /// What was given back to the host, and how moving data between the others ended.
     pub removed: Vec<(String, Option<String>)>,
+    /// What `--stress` did, by name; nothing without it.
+    pub stress: BTreeMap<String, u64>,
 }
 
 /// What `--iommu` came to.
@@ -149,6 +152,7 @@ impl P2pRun {
                 .iter()
                 .map(removed)
                 .collect::<Option<_>>()?,
+            stress: numbers(report.get("stress")?),
         })
     }
 
@@ -255,6 +259,14 @@ impl Control {
             afterwards: text("afterwards"),
         })
     }
+}
+
+/// The numbers of an object; none of what is no object.
+fn numbers(value: &Value) -> BTreeMap<String, u64> {
+    let fields = value.as_object().into_iter().flatten();
+    fields
+        .filter_map(|(name, value)| Some((name.clone(), value.as_u64()?)))
+        .collect()
 }
 
 fn removed(value: &Value) -> Option<(String, Option<String>)> {

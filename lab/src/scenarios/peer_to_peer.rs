@@ -82,6 +82,7 @@ fn qemu_saw_every_control_blocked_and_nothing_else(bench: &mut Bench) -> Result<
             pairs: vec![],
             iommu: run.iommu.clone(),
             removed: vec![],
+            stress: run.stress.clone(),
             ..run
         };
         ensure(fewer.ensure_witnessed(&faults).is_err(), || {

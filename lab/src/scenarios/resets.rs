@@ -1,8 +1,8 @@
-//! Resets of more than one function.
+//! Resets of more than one function, and while mappings are made.
 
 use super::footprint::Footprint;
-use super::p2p_run::{HOT_RESET, P2pRun, RESET_UNDECODED, ways};
-use super::{BOTH_KERNELS, EDU, ONE_SLOT, kernel_log};
+use super::p2p_run::{HOT_RESET, NOTHING_TOLD, P2pRun, RESET_UNDECODED, ways};
+use super::{BOTH_KERNELS, EDU, FAR_IVSHMEM, ONE_SLOT, kernel_log};
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
 /// This file's scenarios.
@@ -10,7 +10,8 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
     on BOTH_KERNELS;
     ROOT_PORTS:
         hot_reset_takes_a_sibling_along_which_is_reached_again,
-        slot_that_is_not_all_ours_is_not_reset;
+        slot_that_is_not_all_ours_is_not_reset,
+        reach_is_true_after_everything_at_once;
 ];
 
 /// A slot with two functions, in two IOMMU groups. The first one asks for the reset, and the second
@@ -55,4 +56,34 @@ fn slot_that_is_not_all_ours_is_not_reset(bench: &mut Bench) -> Result<(), Scena
         run.ensure_not_tried(HOT_RESET)?;
     }
     Ok(())
+}
+
+/// In how many rounds everything is changed at once.
+const ROUNDS: &str = "3";
+
+/// The functions of a slot and one alone on its bus are moved, put to sleep and reset while their
+/// address spaces are registered again. What is told then is true, and QEMU's IOMMU saw nothing else.
+fn reach_is_true_after_everything_at_once(bench: &mut Bench) -> Result<(), ScenarioError> {
+    let [igb, nvme] = ONE_SLOT;
+    P2pRun::with(bench, &[], &ONE_SLOT)?;
+    for way in ways(bench)? {
+        let before = Footprint::take(bench)?;
+        let options = ["--stress", ROUNDS, "--iommu", way];
+        let run = P2pRun::with(bench, &options, &[EDU, igb, nvme, FAR_IVSHMEM])?;
+        ensure(run.ok && run.status.success(), || format!("{run:#?}"))?;
+        run.ensure_way(way)?;
+        for peer in [nvme, FAR_IVSHMEM] {
+            run.ensure_exercised(EDU, peer, 2)?;
+        }
+        // Each is the other's negative control: the same places are reached at one time and blocked
+        // at another.
+        for what in ["moves", "events", "registrations", "reached", "blocked"] {
+            let times = run.stress.get(what).copied().unwrap_or_default();
+            ensure(times >= 6, || format!("{what}: {:?}", run.stress))?;
+        }
+        run.blocked(EDU, NOTHING_TOLD)?;
+        run.ensure_witnessed(&bench.dmar_faults()?)?;
+        before.ensure_same(bench)?;
+    }
+    kernel_log::ensure_clean(bench).map(drop)
 }

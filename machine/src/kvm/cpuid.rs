@@ -7,12 +7,15 @@ const CACHES: u32 = 0x4;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_2: u32 = 0x1f;
 const ADDRESS_SIZES: u32 = 0x8000_0008;
+const POWER: u32 = 0x8000_0007;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 /// Of [`FEATURES`], in ECX: there is a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
 /// Of [`FEATURES`], in ECX: the local APIC's timer counts to a time stamp.
 const TSC_DEADLINE: u32 = 1 << 24;
+/// Of [`POWER`], in EDX: the time stamp counter runs at one rate, whatever the processor does.
+const INVARIANT_TSC: u32 = 1 << 8;
 /// Of [`FEATURES`], in EDX: the package has more than one processor.
 const SEVERAL: u32 = 1 << 28;
 /// What a processor that does not say has.
@@ -32,6 +35,13 @@ pub(super) fn address_bits(cpuid: &CpuId) -> u8 {
     })
 }
 
+/// Whether the host's time stamp counter runs at one rate. Where it does not, KVM makes up what it
+/// lost, and a timer that counts to a time stamp may never go off: seen on a host that QEMU emulates.
+pub(super) fn has_invariant_tsc(cpuid: &CpuId) -> bool {
+    let mut entries = cpuid.as_slice().iter();
+    entries.any(|entry| entry.function == POWER && entry.edx & INVARIANT_TSC != 0)
+}
+
 /// What processor `number` of `count` says, by what KVM supports. All are cores of one package,
 /// their APIC ids their numbers.
 pub(super) fn of_processor(supported: &CpuId, number: u8, count: u8, tsc_deadline: bool) -> CpuId {
@@ -49,6 +59,7 @@ fn tell(entry: &mut kvm_cpuid_entry2, number: u32, count: u32, bits: u32, tsc_de
             let brand_and_flush = entry.ebx & 0xffff;
             entry.ebx = number << 24 | count.min(255) << 16 | brand_and_flush;
             entry.ecx |= HYPERVISOR;
+            entry.ecx &= !TSC_DEADLINE;
             if tsc_deadline {
                 entry.ecx |= TSC_DEADLINE;
             }

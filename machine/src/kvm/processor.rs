@@ -46,7 +46,8 @@ impl Processor {
             .fd
             .create_vcpu(number.into())
             .map_err(|error| KvmError::new("making a processor", error))?;
-        let deadline = vm.fd.check_extension_raw(Cap::TscDeadlineTimer as _) > 0;
+        let deadline = vm.fd.check_extension_raw(Cap::TscDeadlineTimer as _) > 0
+            && cpuid::has_invariant_tsc(&vm.cpuid);
         fd.set_cpuid2(&cpuid::of_processor(&vm.cpuid, number, count, deadline))
             .map_err(|error| KvmError::new("telling a processor what it can do", error))?;
         let caching = kvm_msr_entry {

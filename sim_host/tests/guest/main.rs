@@ -6,6 +6,8 @@
     reason = "a panic here is a failed test and nothing else"
 )]
 
+mod interrupts;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -5,6 +5,7 @@
     reason = "a panic here is a failed test and nothing else"
 )]
 
+mod calls_per_event;
 mod copies;
 mod revocation;
 mod rig;

@@ -10,8 +10,8 @@ use assigned_pci::{
 };
 use dma_engine::{ControllerMemoryBuffer, DmaEngine, Nvme, NvmeEngine, find_engine};
 use memory_map::{
-    Backing, CutOff, DmaTarget, Filter, Gpa, GpaRange, Iova, IovaRange, Quarantine, RegionId,
-    RegionManager, TargetHandle, TargetName, TargetOptions,
+    Backing, CutOff, DmaTarget, Filter, Gpa, GpaRange, Iova, IovaRange, Quarantine, Reach,
+    RegionId, RegionManager, TargetHandle, TargetName, TargetOptions,
 };
 
 use super::bus::Bus;
@@ -24,9 +24,13 @@ use crate::ram::GuestRam;
 /// Where RAM begins.
 pub const RAM: Gpa = Gpa::new(0x20_0000);
 
+/// Makes a target of an address space that nothing is mapped in.
+pub type MakeTarget = dyn Fn() -> Box<dyn DmaTarget> + Send + Sync;
+
 /// An address space of an IOMMU: a container, or an IOAS.
 pub struct Space {
-    pub target: Box<dyn DmaTarget>,
+    /// Called once, and again whenever the one before has been unregistered.
+    pub target: Box<MakeTarget>,
     /// For people.
     pub name: String,
     /// Whose BARs its functions may reach.
@@ -82,6 +86,8 @@ pub struct Assembly {
     /// A page that is not part of [`ram`](Self::ram); see [`Parts::page`].
     pub page: GuestRam,
     pub map: RegionManager,
+    /// What the targets are made from.
+    pub spaces: Vec<RegisteredSpace>,
     /// See [`Parts::buses`].
     pub buses: Vec<Bus>,
     /// See [`Parts::bypasses`].
@@ -98,22 +104,22 @@ impl Assembly {
         let page = GuestRam::add(&map, "control page", parts.page, Gpa::new(0))?;
         let ram = GuestRam::add(&map, "ram", parts.ram, RAM)?;
         let mut targets = Vec::new();
-        let mut switches = Vec::new();
+        let mut spaces = Vec::new();
         let mut allowed: Option<Vec<IovaRange>> = None;
         for space in parts.spaces {
-            let limits = space.target.limits();
+            let target = (space.target)();
+            let limits = target.limits();
             let limits = limits.context("the kernel does not tell what the IOMMU can map")?;
             allowed = Some(match allowed {
                 None => limits.allowed,
                 Some(before) => windows::common(&before, &limits.allowed),
             });
-            let mut options = TargetOptions::new(space.name);
-            options.filter = space.filter;
-            let switch = Arc::new(Announced::default());
-            options.cut_off = Some(switch.clone());
-            switches.push(switch);
-            let handle = map.register(space.target, options);
-            targets.push(handle.context("mapping RAM for the devices failed")?);
+            let space = RegisteredSpace {
+                space,
+                switch: Arc::new(Announced::default()),
+            };
+            targets.push(space.register_as(target, &map)?);
+            spaces.push(space);
         }
         let mut members = Vec::new();
         for PartFunction {
@@ -123,8 +129,8 @@ impl Assembly {
         {
             let options = FunctionOptions::default();
             let function = Arc::new(AssignedFunction::new(host, map.clone(), &options)?);
-            let switch = switches.get(target).context("no such container")?;
-            switch.add(&function);
+            let space = spaces.get(target).context("no such container")?;
+            space.switch.add(&function);
             let name = function.name();
             let lent = parts.scratch.iter().enumerate();
             let mut lent = lent.filter(|(_, scratch)| scratch.function.to_string() == *name);
@@ -164,6 +170,7 @@ impl Assembly {
             ram,
             page,
             map,
+            spaces,
             buses: parts.buses,
             bypasses: parts.bypasses,
             windows,
@@ -190,6 +197,7 @@ impl Assembly {
         let alone = self.members.iter().filter(|it| it.target == target).count() == 1;
         if alone && target < self.targets.len() {
             let report = self.targets.remove(target).unregister();
+            drop(self.spaces.remove(target));
             if let Some((_, why)) = report.quarantined.into_iter().next() {
                 return Err(why).context("unregistering an IOMMU");
             }
@@ -211,16 +219,23 @@ impl Assembly {
         Ok(())
     }
 
-    /// Moves a BAR, with decoding on, to the highest free place of its window, as a guest would.
-    /// Returns where it was, or nothing if there is no other place for it.
-    pub fn move_bar(&self, member: &Member, bar: &MemberBar) -> Result<Option<GpaRange>> {
+    /// The highest place for a BAR, in the window that it is in, that is not taken, nor one of
+    /// `others`.
+    pub fn place_for(&self, bar: &MemberBar, others: &[GpaRange]) -> Result<Option<GpaRange>> {
         let old = bar.range()?;
         let window = if self.windows.high.covers(&old) {
             self.windows.high
         } else {
             self.windows.low
         };
-        let Some(new) = self.free_place(window, old.size()) else {
+        Ok(self.free_place(window, old.size(), others))
+    }
+
+    /// Moves a BAR, with decoding on, to the highest free place of its window, as a guest would.
+    /// Returns where it was, or nothing if there is no other place for it.
+    pub fn move_bar(&self, member: &Member, bar: &MemberBar) -> Result<Option<GpaRange>> {
+        let old = bar.range()?;
+        let Some(new) = self.place_for(bar, &[])? else {
             return Ok(None);
         };
         GuestDriver(&member.function).write_bar(&bar.info, new.start());
@@ -234,8 +249,10 @@ impl Assembly {
         Ok(Some(old))
     }
 
-    fn free_place(&self, window: GpaRange, size: u64) -> Option<GpaRange> {
-        let taken: Vec<GpaRange> = self.map.view().into_iter().map(|seen| seen.range).collect();
+    /// The highest place in the window that is not taken, nor one of `others`.
+    fn free_place(&self, window: GpaRange, size: u64, others: &[GpaRange]) -> Option<GpaRange> {
+        let view = self.map.view().into_iter().map(|seen| seen.range);
+        let taken: Vec<GpaRange> = view.chain(others.iter().copied()).collect();
         // A BAR's size is a power of two.
         let mut last = window.last().raw();
         loop {
@@ -260,17 +277,23 @@ impl Assembly {
         done
     }
 
+    /// How a member reaches a BAR of another, as it stands.
+    pub fn reach(&self, from: usize, bar: RegionId) -> Result<Reach> {
+        let from = self.members.get(from).context("a function is gone")?;
+        let target = self.targets.get(from.target).context("no such container")?;
+        Ok(self.map.reach_of(target.id(), bar)?)
+    }
+
     /// Every ordered pair and BAR, with the reach as it stands.
     pub fn pairs(&self) -> Result<Vec<Pair>> {
         let mut pairs = Vec::new();
         for (from, who) in self.members.iter().enumerate() {
-            let target = self.targets.get(who.target).context("no such container")?;
             for (to, whose) in self.members.iter().enumerate() {
                 if from == to {
                     continue;
                 }
                 for bar in whose.bars() {
-                    let reach = self.map.reach_of(target.id(), bar.region)?;
+                    let reach = self.reach(from, bar.region)?;
                     let bypass = self.bypasses.get(&(from, to)).cloned();
                     let pair = Pair::new(from, who, to, whose, &bar, &reach);
                     pairs.push(pair.with_bypass(bypass));
@@ -278,6 +301,27 @@ impl Assembly {
             }
         }
         Ok(pairs)
+    }
+}
+
+/// An address space that a target was made of, which can be unregistered and registered again.
+pub struct RegisteredSpace {
+    space: Space,
+    switch: Arc<Announced>,
+}
+
+impl RegisteredSpace {
+    /// Maps everything that its functions may reach, and keeps it so.
+    pub fn register(&self, map: &RegionManager) -> Result<TargetHandle> {
+        self.register_as((self.space.target)(), map)
+    }
+
+    fn register_as(&self, target: Box<dyn DmaTarget>, map: &RegionManager) -> Result<TargetHandle> {
+        let mut options = TargetOptions::new(self.space.name.clone());
+        options.filter = self.space.filter.clone();
+        options.cut_off = Some(self.switch.clone());
+        let handle = map.register(target, options);
+        handle.context("mapping RAM for the devices failed")
     }
 }
 

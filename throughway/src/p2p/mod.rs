@@ -12,6 +12,7 @@ pub mod report;
 mod revocation;
 mod scratch;
 mod spot;
+mod stress;
 pub mod windows;
 mod witness;
 
@@ -24,7 +25,7 @@ use memory_map::{Backing, GRANULE};
 use vfio_sys::Bdf;
 
 use self::assembly::{Assembly, Parts};
-use self::choice::{Choice, Iommu};
+use self::choice::{Choice, Iommu, Kind};
 use self::hold::{Ask, Holding};
 use self::host::Requests;
 use self::policy::{P2pChoice, Policy};
@@ -74,6 +75,15 @@ pub struct P2pArgs {
     /// for QEMU's edu, and one for NVMe controllers, see --nvme-scratch.
     #[arg(long)]
     pub exercise: bool,
+    /// Change everything at once, in so many rounds, and compare what is reached with what is told
+    ///
+    /// In each round, all at the same time: BARs that a DMA engine moves data into are moved to and
+    /// fro, their functions stop decoding, sleep and are reset, by themselves and with their bus, and
+    /// every address space is registered again. When all that is over, what is told to be mapped has
+    /// to be reached, and nothing may arrive where nothing is. Functions with an engine are left
+    /// alone.
+    #[arg(long, value_name = "ROUNDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub stress: Option<u32>,
     /// Keep everything mapped until Enter is pressed or standard input ends
     ///
     /// Standard error says when that begins. A function that the host wants back meanwhile, because
@@ -134,7 +144,11 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
     } else {
         None
     };
-    let examined = examine(&mut assembly, choice, policy.required, witness, holding);
+    let plan = Plan {
+        required: policy.required,
+        stress: args.stress.unwrap_or(0),
+    };
+    let examined = examine(&mut assembly, choice, plan, witness, holding);
     // However that ended, what engines have overwritten is put back, or it is told that it is not.
     let report = match (examined, assembly.rest()) {
         (Ok(report), rested) => {
@@ -184,16 +198,25 @@ impl Holding for Terminal {
     }
 }
 
-/// Tells for every pair what is reached, and moves data if there is somebody to ask for witness;
-/// not, however, if a pair that is `required` is not mapped. Holds all of that for as long as
-/// somebody wants.
+/// What is wanted.
+#[derive(Debug, Clone, Copy, Default)]
+struct Plan {
+    /// Whether every pair has to be mapped: if one is not, nothing is tried.
+    required: bool,
+    /// In how many rounds everything is changed at once.
+    stress: u32,
+}
+
+/// Tells for every pair what is reached; moves data if there is somebody to ask for witness; holds
+/// all of it for as long as somebody wants.
 fn examine(
     assembly: &mut Assembly,
     choice: Choice,
-    required: bool,
+    plan: Plan,
     mut witness: Option<&mut witness::Source<'_>>,
     holding: Option<&mut dyn Holding>,
 ) -> Result<P2pReport> {
+    let Plan { required, stress } = plan;
     let mut pairs = assembly.pairs()?;
     let mut controls = Vec::new();
     if required && pairs.iter().any(|pair| pair.counts) {
@@ -205,7 +228,18 @@ fn examine(
         controls.extend(control::moved(assembly, &pairs, witness)?);
         exercise::all(assembly, &mut pairs)?;
     }
+    let mut stressed = None;
+    if stress != 0 {
+        if witness.is_none() {
+            exercise::all(assembly, &mut pairs)?;
+        }
+        let kernel_revokes = choice.chosen == Kind::Iommufd;
+        let (done, tried) = stress::run(assembly, &mut pairs, stress, kernel_revokes)?;
+        stressed = Some(done);
+        controls.extend(tried);
+    }
     let mut report = P2pReport::new(choice, pairs, controls);
+    report.stress = stressed;
     if let Some(holding) = holding {
         hold::until_end(assembly, &mut report, holding, witness.as_deref_mut())?;
     }

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::assembly::{Member, MemberBar};
 use super::choice::Choice;
+use super::stress::Stress;
 
 /// How moving data ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -210,6 +211,8 @@ pub struct P2pReport {
     pub controls: Vec<Control>,
     /// What was given back meanwhile.
     pub removed: Vec<Removed>,
+    /// What came of changing everything at once; null where that was not done.
+    pub stress: Option<Stress>,
 }
 
 impl P2pReport {
@@ -220,6 +223,7 @@ impl P2pReport {
             pairs,
             controls,
             removed: Vec::new(),
+            stress: None,
         };
         new.judged()
     }
@@ -320,6 +324,22 @@ impl fmt::Display for P2pReport {
                 Some(Exercised::Mismatch) => ", and MISMATCH afterwards\n",
                 None => "\n",
             })?;
+        }
+        if let Some(stress) = &self.stress {
+            let Stress {
+                rounds,
+                events,
+                moves,
+                registrations,
+                reached,
+                blocked,
+            } = stress;
+            writeln!(
+                f,
+                "stress: in {rounds} rounds {events} events, {moves} moves of BARs and \
+                 {registrations} registrations; after them {reached} times reached and {blocked} \
+                 times blocked as told"
+            )?;
         }
         for Removed { function, others } in &self.removed {
             write!(f, "{function} was given back to the host")?;

@@ -15,7 +15,8 @@ use sim_host::{
 };
 use vfio_sys::Bdf;
 
-use super::assembly::{Assembly, PartFunction, Parts, Space};
+use super::Plan;
+use super::assembly::{Assembly, MakeTarget, PartFunction, Parts, Space};
 use super::bus::Bus;
 use super::choice::{Choice, Kind};
 use super::hold::Holding;
@@ -33,22 +34,23 @@ const KINDS: [Kind; 2] = [Kind::Type1, Kind::Iommufd];
     unsafe_code,
     reason = "a simulated container takes any number for an address"
 )]
-fn container(container: SimContainer) -> Box<dyn DmaTarget> {
+fn container(container: &SimContainer) -> Box<dyn DmaTarget> {
     // SAFETY: the container is simulated and follows no address.
-    Box::new(unsafe { Type1Target::new(Arc::new(container)) })
+    Box::new(unsafe { Type1Target::new(Arc::new(container.clone())) })
 }
 
 #[expect(
     unsafe_code,
     reason = "a simulated address space takes any number for an address"
 )]
-fn ioas(ioas: SimIoas, copies: RamCopies) -> Box<dyn DmaTarget> {
+fn ioas(ioas: &SimIoas, copies: &RamCopies) -> Box<dyn DmaTarget> {
     // SAFETY: the address space is simulated and follows no address.
-    Box::new(unsafe { IoasTarget::new(Arc::new(ioas), copies) })
+    Box::new(unsafe { IoasTarget::new(Arc::new(ioas.clone()), copies.clone()) })
 }
 
 mod hold;
 mod nvme;
+mod stress;
 
 /// An edu, shared memory that can sleep and be reset, another edu.
 fn three_functions(host: &SimHost) -> Vec<Arc<SimFunction>> {
@@ -85,14 +87,18 @@ fn spaces(
             .filter(|(_, its)| *its == filter)
             .map(|(function, _)| &**function)
             .collect();
-        let target = match kind {
-            Kind::Type1 => container(host.container(&members).unwrap()),
+        let target: Box<MakeTarget> = match kind {
+            Kind::Type1 => {
+                let space = host.container(&members).unwrap();
+                Box::new(move || container(&space))
+            }
             Kind::Iommufd => {
                 let space = iommufd.ioas();
                 for member in members {
                     space.attach(member).unwrap();
                 }
-                ioas(space, copies.clone())
+                let copies = copies.clone();
+                Box::new(move || ioas(&space, &copies))
             }
         };
         Space {
@@ -150,14 +156,14 @@ fn assembly(host: &SimHost, kind: Kind, choices: &[&str]) -> Assembly {
 /// One container with an edu and shared memory, seen through `wrap`.
 fn wrapped(
     host: &SimHost,
-    wrap: impl FnOnce(Box<dyn DmaTarget>) -> Box<dyn DmaTarget>,
+    wrap: impl Fn(Box<dyn DmaTarget>) -> Box<dyn DmaTarget> + Send + Sync + 'static,
 ) -> Assembly {
     let mut functions = three_functions(host);
     functions.truncate(2);
     let (mut spaces, functions) = spaces(host, Kind::Type1, &functions, &policy(&[]));
     let space = spaces.pop().unwrap();
     let space = Space {
-        target: wrap(space.target),
+        target: Box::new(move || wrap((space.target)())),
         ..space
     };
     assemble(host, (vec![space], functions))
@@ -176,7 +182,11 @@ fn examine(
     required: bool,
     witness: Option<&mut Source<'_>>,
 ) -> anyhow::Result<P2pReport> {
-    super::examine(assembly, choice, required, witness, None)
+    let plan = Plan {
+        required,
+        ..Plan::default()
+    };
+    super::examine(assembly, choice, plan, witness, None)
 }
 
 struct SimFaults(SimHost);
@@ -199,7 +209,8 @@ fn held(host: &SimHost, assembly: &mut Assembly, holding: Option<&mut dyn Holdin
         drop(host.take_faults());
         Ok(Box::new(SimFaults(host.clone())))
     };
-    super::examine(assembly, choice(), false, Some(&mut witness), holding).unwrap()
+    let plan = Plan::default();
+    super::examine(assembly, choice(), plan, Some(&mut witness), holding).unwrap()
 }
 
 fn pair<'r>(report: &'r P2pReport, from: &str, to: &str, bar: u8) -> &'r super::report::Pair {

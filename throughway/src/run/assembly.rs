@@ -85,27 +85,30 @@ impl Assembly {
 
         let map = RegionManager::new();
         let mut allowed: Option<Vec<IovaRange>> = None;
-        for space in &opened.spaces {
-            let limits = space.target.limits();
+        let mut targets = Vec::new();
+        for space in opened.spaces {
+            let target = (space.target)();
+            let limits = target.limits();
             let limits = limits.context("the kernel does not tell what the IOMMU can map")?;
             allowed = Some(match allowed {
                 None => limits.allowed,
                 Some(before) => windows::common(&before, &limits.allowed),
             });
+            targets.push((target, space.name, space.filter));
         }
         if allowed.as_ref().is_some_and(Vec::is_empty) {
             bail!("there is no address that all of the functions' IOMMUs can map");
         }
         let mut spaces = Vec::new();
         let mut switches = Vec::new();
-        for space in opened.spaces {
+        for (target, name, filter) in targets {
             let switch = Arc::new(Announced::default());
-            let mut options = TargetOptions::new(space.name.clone());
-            options.filter = space.filter;
+            let mut options = TargetOptions::new(name.clone());
+            options.filter = filter;
             options.cut_off = Some(switch.clone());
             switches.push(switch);
-            let handle = map.register(space.target, options);
-            spaces.push((space.name, handle.context("registering an IOMMU failed")?));
+            let handle = map.register(target, options);
+            spaces.push((name, handle.context("registering an IOMMU failed")?));
         }
         let mut members = Vec::new();
         for (device, part) in args.device.iter().zip(opened.functions) {

@@ -60,10 +60,11 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
             .context("the kernel does not tell what the IOMMU can map")?;
         ioas.allow(&ranges.allowed)
             .context("claiming what the IOMMU can map failed")?;
+        let copies = copies.clone();
         spaces.push(Space {
             name: format!("IOAS {number}"),
             filter,
-            target: Box::new(target(ioas, copies.clone())),
+            target: Box::new(move || Box::new(target(Arc::clone(&ioas), copies.clone()))),
         });
     }
     Ok(Opened {

@@ -45,10 +45,11 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
             {
                 continue;
             }
+            let kept = Arc::clone(&container);
             spaces.push(Space {
                 name: format!("container {}", containers.len()),
                 filter: filter.clone(),
-                target: Box::new(target(Arc::clone(&container))),
+                target: Box::new(move || Box::new(target(Arc::clone(&kept)))),
             });
             containers.push(container);
         }

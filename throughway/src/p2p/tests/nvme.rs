@@ -118,6 +118,60 @@ fn controllers_reach_their_peers_and_each_others_buffers_and_disks_are_as_before
     }
 }
 
+/// The host that wants a controller back, and looks at its disk when it has it.
+struct Wants {
+    asked: Option<&'static str>,
+    disk: SimDisk,
+    found: Vec<Vec<u8>>,
+}
+
+impl Holding for Wants {
+    fn begins(&mut self, _: &P2pReport) {
+        self.found.push(contents(&self.disk));
+    }
+
+    fn next(&mut self) -> anyhow::Result<Ask> {
+        let asked = self.asked.take();
+        Ok(asked.map_or(Ask::End, |it| Ask::GiveBack(it.into())))
+    }
+
+    fn given_back(&mut self, _: &str) {
+        self.found.push(contents(&self.disk));
+    }
+}
+
+#[test]
+fn a_controller_that_is_given_back_has_put_its_disk_back_before() {
+    for kind in KINDS {
+        let rig = Rig::new();
+        let [before, _] = rig.contents();
+        let mut assembly = rig.assembly(kind, &[], &[NVME, SECOND]);
+        let mut wants = Wants {
+            asked: Some(NVME),
+            disk: rig.disks[0].clone(),
+            found: Vec::new(),
+        };
+        let report = held(&rig.host, &mut assembly, Some(&mut wants));
+        assert!(report.ok, "{report}");
+        let [held, given_back] = &wants.found[..] else {
+            panic!("{report}");
+        };
+        assert_eq!(*held, before, "nothing is overwritten while it is held");
+        assert_eq!(*given_back, before);
+        // The other controller and the edu have tried its buffer in vain, and go on.
+        let taken = report.controls.iter();
+        let taken = taken.filter(|it| it.what == "a BAR of a function that the host takes back");
+        let taken: Vec<_> = taken.map(|it| (it.from.as_str(), it.observed)).collect();
+        assert_eq!(
+            taken,
+            [(EDU, Observed::Blocked), (SECOND, Observed::Blocked)]
+        );
+        assert_eq!(report.removed[0].others, Some(Exercised::Ok));
+        drop(assembly);
+        ensure_clean(&rig.host);
+    }
+}
+
 #[test]
 fn a_hot_reset_finds_the_siblings_engine_at_rest() {
     for kind in KINDS {
@@ -197,7 +251,7 @@ fn disks_are_as_before_all_the_time_that_everything_is_held() {
         let report = crate::p2p::examine(
             &mut assembly,
             choice(),
-            false,
+            Plan::default(),
             Some(&mut witness),
             Some(&mut holding),
         );
