@@ -12,7 +12,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
 
 use assigned_pci::{BarIndex, HostFunction};
-use contract::iommufd::{Bench, Function, IommufdHost, cases, resetting_cases, run};
+use contract::iommufd::{
+    Bench, Calls, Function, IommufdHost, bar_events, cases, registration, resetting_cases, run,
+};
 use contract::{CaseResult, Window};
 use dma_engine::{DmaEngine, find_engine};
 use iommu::IoAddressSpace;
@@ -301,6 +303,31 @@ fn the_simulated_host_keeps_the_contract() {
         assert_eq!(failures(&results), [""; 0], "in one group: {one_group}");
         assert!(results.len() > 90);
     }
+}
+
+/// What the tables of figures tell: each event takes as few kernel calls as there can be.
+#[test]
+fn events_take_the_fewest_calls() {
+    let sim = Sim {
+        one_group: false,
+        sabotage: |_, _| (),
+    };
+    let bench = sim.bench().unwrap();
+    for figure in bar_events(&*bench, 2, 3).unwrap() {
+        let calls = (figure.calls.maps, figure.calls.unmaps, figure.calls.total());
+        assert_eq!(calls, (1, 1, 2), "{figure:?}");
+        assert_eq!(figure.bare.len(), 2);
+    }
+    let regions = bench.ram_size() / 0x1000;
+    let figure = registration(&*bench, &bench.ram_backing(), 0x1000, 2).unwrap();
+    let expected = Calls {
+        maps: regions,
+        unmaps: regions,
+        // Where it may map.
+        others: 1,
+        copies: 0,
+    };
+    assert_eq!(figure.calls, expected);
 }
 
 /// Negative control: an IOMMU that swallows everything.

@@ -6,6 +6,20 @@ use memory_map::Errno;
 
 use crate::HugePage;
 
+/// Why a file cannot be written. Each message says what to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotWritable {
+    /// It was opened for one of the two only.
+    #[error("it is not open for both reading and writing (O_RDWR)")]
+    Mode,
+    /// It is sealed (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`).
+    #[error(
+        "it is sealed against writing: leave out F_SEAL_WRITE and F_SEAL_FUTURE_WRITE, and seal its \
+         size only (F_SEAL_SHRINK, F_SEAL_GROW)"
+    )]
+    Sealed,
+}
+
 /// Why memory could not be had, mapped, read or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -45,6 +59,10 @@ pub enum HostMemoryError {
         /// What was asked for, in bytes.
         wanted: u64,
     },
+    /// The file that was handed in cannot be written, as RAM must be. The kernel would let
+    /// devices write to it all the same.
+    #[error("the file that was handed in cannot be RAM: {0}")]
+    NotWritable(NotWritable),
     /// There are not enough free huge pages of that size, or the processor has none.
     #[error("{pages} huge pages of {page} are not to be had: {}", page.how_to_reserve(*pages))]
     HugePagesUnavailable {
@@ -101,6 +119,7 @@ impl HostMemoryError {
             | Self::OffsetMisaligned { .. }
             | Self::FileTooSmall { .. }
             | Self::OutOfBounds { .. } => Errno::new(libc::EINVAL),
+            Self::NotWritable(_) => Errno::new(libc::EPERM),
             Self::TooLarge { .. } => Errno::new(libc::EOVERFLOW),
             Self::HugePagesUnavailable { source, .. }
             | Self::OutOfMemory { source, .. }

@@ -31,7 +31,7 @@ mod mapping;
 mod ram;
 
 pub use device_bar::{DeviceBar, ExportDmaBuf};
-pub use error::HostMemoryError;
+pub use error::{HostMemoryError, NotWritable};
 pub use huge_page::HugePage;
 pub use mapping::{Mapping, page_size};
 pub use ram::Ram;

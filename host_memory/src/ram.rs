@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use memory_map::{Access, BackingFile, BackingObject, Errno, HostMapping, HostVa, NoFile};
 
-use crate::{HostMemoryError, HugePage, Mapping, page_size};
+use crate::{HostMemoryError, HugePage, Mapping, NotWritable, page_size};
 
 /// Memory that a guest may have as RAM.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub struct Ram {
 enum Pages {
     /// A file with ordinary pages, read and written as a file.
     File(Arc<File>),
+    /// The same, of which the kernel is asked to join pages where it is mapped.
+    Transparent(Arc<File>),
     /// A file of huge pages, which cannot be written as a file. It stays mapped, which also keeps
     /// the pages reserved.
     Huge(Arc<File>, Arc<Mapping>),
@@ -70,6 +72,21 @@ impl Ram {
             size,
             pages: Pages::File(Arc::new(file)),
         })
+    }
+
+    /// Like [`memfd`](Self::memfd), of ordinary pages that the kernel is asked to join to huge ones
+    /// where they are mapped (`MADV_HUGEPAGE`). It does so as far as
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` lets it: with `advise`, `within_size` or
+    /// `always`.
+    ///
+    /// # Errors
+    /// As for [`memfd`](Self::memfd).
+    pub fn memfd_transparent(name: &CStr, size: u64) -> Result<Self, HostMemoryError> {
+        let mut ram = Self::memfd(name, size)?;
+        if let Pages::File(file) = ram.pages {
+            ram.pages = Pages::Transparent(file);
+        }
+        Ok(ram)
     }
 
     /// Like [`memfd`](Self::memfd), made of huge pages, which are reserved at once. `size` is a
@@ -125,10 +142,14 @@ impl Ram {
     /// that is gone would answer this process with SIGBUS.
     ///
     /// # Errors
-    /// [`HostMemoryError::FileTooSmall`], and as for [`memfd`](Self::memfd).
+    /// [`HostMemoryError::FileTooSmall`], [`HostMemoryError::NotWritable`], and as for
+    /// [`memfd`](Self::memfd).
     pub fn from_fd(fd: OwnedFd, size: u64) -> Result<Self, HostMemoryError> {
         let kernel = |call| move |source| HostMemoryError::Kernel { call, size, source };
         let file = File::from(fd);
+        if let Some(why) = not_writable(&file).map_err(kernel("fcntl"))? {
+            return Err(HostMemoryError::NotWritable(why));
+        }
         let metadata = file.metadata().map_err(kernel("fstat"))?;
         let huge = is_hugetlbfs(&file).map_err(kernel("fstatfs"))?;
         let page = if huge {
@@ -170,7 +191,9 @@ impl Ram {
     #[must_use]
     pub fn file(&self) -> Option<BorrowedFd<'_>> {
         match &self.pages {
-            Pages::File(file) | Pages::Huge(file, _) => Some(file.as_fd()),
+            Pages::File(file) | Pages::Transparent(file) | Pages::Huge(file, _) => {
+                Some(file.as_fd())
+            }
             Pages::Anonymous(_) => None,
         }
     }
@@ -182,14 +205,13 @@ impl Ram {
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), HostMemoryError> {
         self.check_bounds(offset, data.len())?;
         match &self.pages {
-            Pages::File(file) => {
-                file.read_exact_at(data, offset)
-                    .map_err(|source| HostMemoryError::Kernel {
-                        call: "pread",
-                        size: data.len() as u64,
-                        source,
-                    })
-            }
+            Pages::File(file) | Pages::Transparent(file) => file
+                .read_exact_at(data, offset)
+                .map_err(|source| HostMemoryError::Kernel {
+                    call: "pread",
+                    size: data.len() as u64,
+                    source,
+                }),
             Pages::Huge(_, mapping) | Pages::Anonymous(mapping) => mapping.read(offset, data),
         }
     }
@@ -201,14 +223,13 @@ impl Ram {
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), HostMemoryError> {
         self.check_bounds(offset, data.len())?;
         match &self.pages {
-            Pages::File(file) => {
-                file.write_all_at(data, offset)
-                    .map_err(|source| HostMemoryError::Kernel {
-                        call: "pwrite",
-                        size: data.len() as u64,
-                        source,
-                    })
-            }
+            Pages::File(file) | Pages::Transparent(file) => file
+                .write_all_at(data, offset)
+                .map_err(|source| HostMemoryError::Kernel {
+                    call: "pwrite",
+                    size: data.len() as u64,
+                    source,
+                }),
             Pages::Huge(_, mapping) | Pages::Anonymous(mapping) => mapping.write(offset, data),
         }
     }
@@ -233,9 +254,14 @@ impl BackingObject for Ram {
 
     fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno> {
         match &self.pages {
-            Pages::File(file) => {
+            Pages::File(file) | Pages::Transparent(file) => {
                 match Mapping::of_file(file.clone(), 0, self.size, Access::ReadWrite) {
-                    Ok(mapping) => Ok(Box::new(mapping)),
+                    Ok(mapping) => {
+                        if matches!(self.pages, Pages::Transparent(_)) {
+                            mapping.advise_huge_pages();
+                        }
+                        Ok(Box::new(mapping))
+                    }
                     Err(error) => Err(error.errno()),
                 }
             }
@@ -294,6 +320,24 @@ fn seal(file: &File) -> io::Result<()> {
     )
 }
 
+/// Why the file cannot be written, if so. The kernel looks at neither when it maps a file for
+/// DMA: devices would write where the processor may not.
+fn not_writable(file: &File) -> io::Result<Option<NotWritable>> {
+    // SAFETY: the fd is open for the length of the call, and there is no argument.
+    let mode = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    if mode < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if mode & libc::O_ACCMODE != libc::O_RDWR {
+        return Ok(Some(NotWritable::Mode));
+    }
+    // SAFETY: as above.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    // What has no seals answers with an error.
+    let sealed = seals > 0 && seals & (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) != 0;
+    Ok(sealed.then_some(NotWritable::Sealed))
+}
+
 fn add_seals(file: &File, seals: libc::c_int) -> io::Result<()> {
     // SAFETY: the fd is open for the length of the call, and the argument is a number.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
@@ -317,181 +361,5 @@ fn is_hugetlbfs(file: &File) -> io::Result<bool> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn both() -> [Ram; 2] {
-        let size = 4 * page_size();
-        [
-            Ram::memfd(c"test", size).unwrap(),
-            Ram::anonymous(size).unwrap(),
-        ]
-    }
-
-    /// The same file, mapped apart from what is tested.
-    fn mapped(ram: &Ram) -> Mapping {
-        let file = File::from(ram.file().unwrap().try_clone_to_owned().unwrap());
-        Mapping::of_file(Arc::new(file), 0, ram.size(), Access::ReadWrite).unwrap()
-    }
-
-    #[test]
-    fn what_is_written_is_read() {
-        for ram in both() {
-            let mut data = [0xff; 16];
-            ram.read(5, &mut data).unwrap();
-            assert_eq!(data, [0; 16], "fresh memory is zeroed");
-            ram.write(page_size() - 3, b"across pages").unwrap();
-            let mut data = [0; 12];
-            ram.read(page_size() - 3, &mut data).unwrap();
-            assert_eq!(&data, b"across pages");
-        }
-    }
-
-    #[test]
-    fn the_file_and_its_mapping_show_the_same_bytes() {
-        let ram = Ram::memfd(c"test", 2 * page_size()).unwrap();
-        let mapping = mapped(&ram);
-        ram.write(100, b"by the file").unwrap();
-        let mut data = [0; 11];
-        mapping.read(100, &mut data).unwrap();
-        assert_eq!(&data, b"by the file");
-        mapping.write(page_size(), b"by the map").unwrap();
-        let mut data = [0; 10];
-        ram.read(page_size(), &mut data).unwrap();
-        assert_eq!(&data, b"by the map");
-    }
-
-    #[test]
-    fn a_host_address_shows_the_memory() {
-        for ram in both() {
-            ram.write(8, &0x1234_5678_9abc_def0u64.to_ne_bytes())
-                .unwrap();
-            let mapping = ram.map_host().unwrap();
-            let address = mapping.address().checked_add(8).unwrap();
-            let pointer =
-                std::ptr::with_exposed_provenance::<u64>(usize::try_from(address.raw()).unwrap());
-            // SAFETY: eight aligned bytes in a mapping that is held.
-            let seen = unsafe { pointer.read_volatile() };
-            assert_eq!(seen, 0x1234_5678_9abc_def0);
-        }
-    }
-
-    #[test]
-    fn a_memfd_is_mapped_by_its_file_and_anonymous_memory_is_not() {
-        let [memfd, anonymous] = both();
-        let file = BackingObject::file(&memfd).unwrap();
-        assert_eq!(file.offset, 0);
-        let length = File::from(file.fd.try_clone_to_owned().unwrap());
-        assert_eq!(length.metadata().unwrap().len(), memfd.size());
-        let none = BackingObject::file(&anonymous).unwrap_err();
-        assert_eq!(none, NoFile::Anonymous);
-    }
-
-    #[test]
-    fn anonymous_memory_survives_its_host_addresses() {
-        let ram = Ram::anonymous(page_size()).unwrap();
-        ram.write(0, b"kept").unwrap();
-        let first = ram.map_host().unwrap().address();
-        let guard = ram.map_host().unwrap();
-        assert_eq!(guard.address(), first);
-        let mut data = [0; 4];
-        ram.read(0, &mut data).unwrap();
-        assert_eq!(&data, b"kept");
-    }
-
-    #[test]
-    fn a_memfd_can_neither_shrink_nor_grow() {
-        let ram = Ram::memfd(c"test", 2 * page_size()).unwrap();
-        let file = File::from(ram.file().unwrap().try_clone_to_owned().unwrap());
-        for size in [page_size(), 3 * page_size()] {
-            assert_eq!(
-                file.set_len(size).unwrap_err().raw_os_error(),
-                Some(libc::EPERM)
-            );
-        }
-    }
-
-    #[test]
-    fn a_file_that_is_handed_in_is_sealed_and_checked() {
-        let page = page_size();
-        let file = create_memfd(c"theirs", 0).unwrap();
-        file.set_len(2 * page).unwrap();
-        let theirs = file.try_clone().unwrap();
-        let fd = || OwnedFd::from(file.try_clone().unwrap());
-        assert!(matches!(
-            Ram::from_fd(fd(), 3 * page),
-            Err(HostMemoryError::FileTooSmall { .. })
-        ));
-        assert!(matches!(
-            Ram::from_fd(fd(), page + 1),
-            Err(HostMemoryError::SizeMisaligned { .. })
-        ));
-        assert!(matches!(Ram::from_fd(fd(), 0), Err(HostMemoryError::Empty)));
-        let ram = Ram::from_fd(fd(), 2 * page).unwrap();
-        theirs.write_all_at(b"shared", 0).unwrap();
-        let mut data = [0; 6];
-        ram.read(0, &mut data).unwrap();
-        assert_eq!(&data, b"shared");
-        assert!(theirs.set_len(page).is_err(), "it must not shrink any more");
-    }
-
-    #[test]
-    fn a_pipe_is_no_memory() {
-        let (reader, _writer) = io::pipe().unwrap();
-        assert!(Ram::from_fd(reader.into(), page_size()).is_err());
-    }
-
-    #[test]
-    fn sizes_that_memory_cannot_have() {
-        let page = page_size();
-        assert!(matches!(Ram::memfd(c"t", 0), Err(HostMemoryError::Empty)));
-        assert!(matches!(
-            Ram::memfd(c"t", page - 1),
-            Err(HostMemoryError::SizeMisaligned { .. })
-        ));
-        assert!(matches!(
-            Ram::memfd(c"t", 0u64.wrapping_sub(page)),
-            Err(HostMemoryError::TooLarge { .. })
-        ));
-        assert!(matches!(
-            Ram::memfd_huge(c"t", page, HugePage::Size2M),
-            Err(HostMemoryError::SizeMisaligned {
-                page: 0x20_0000,
-                ..
-            })
-        ));
-    }
-
-    #[test]
-    fn bounds_are_kept() {
-        for ram in both() {
-            let size = ram.size();
-            for (offset, length) in [(size, 1), (size - 1, 2), (u64::MAX, 2)] {
-                let mut data = vec![0; length];
-                assert!(matches!(
-                    ram.read(offset, &mut data),
-                    Err(HostMemoryError::OutOfBounds { .. })
-                ));
-                assert!(matches!(
-                    ram.write(offset, &data),
-                    Err(HostMemoryError::OutOfBounds { .. })
-                ));
-            }
-        }
-    }
-
-    /// Needs no huge pages: far more are asked for than any machine has.
-    #[test]
-    fn missing_huge_pages_say_how_to_get_some() {
-        for page in [HugePage::Size2M, HugePage::Size1G] {
-            let pages = 1 << 22;
-            let error = Ram::memfd_huge(c"t", pages * page.bytes(), page).unwrap_err();
-            let HostMemoryError::HugePagesUnavailable { .. } = error else {
-                panic!("{error:?}");
-            };
-            let text = error.to_string();
-            assert!(text.contains("nr_hugepages"), "{text}");
-            assert!(text.contains("4194304"), "{text}");
-        }
-    }
-}
+#[path = "ram_tests.rs"]
+mod tests;

@@ -69,6 +69,8 @@ pub struct Spec {
     pub objects: Vec<String>,
     /// QEMU `-device` values. Every PCI function but the chipset's, bridges and IOMMUs is bound to vfio-pci.
     pub devices: Vec<String>,
+    /// Whether it is to hold what a guest boots from, see [`GUEST_KERNEL`](crate::initramfs::GUEST_KERNEL).
+    pub guest: bool,
     /// Files for the nested machine.
     pub files: Vec<GuestFile>,
     /// Options for its kernel's command line, behind the lab's own.
@@ -79,6 +81,10 @@ pub struct Spec {
     pub boot_limit: Duration,
     /// Whether the logs stay when all went well, too.
     pub keep_logs: bool,
+    /// Whether its clock counts its processor's instructions, each as a nanosecond, instead of
+    /// time. What its programs take for times are then numbers of instructions, the same ones
+    /// however busy this machine is; what its devices do takes no time.
+    pub counts_instructions: bool,
 }
 
 impl Default for Spec {
@@ -89,11 +95,13 @@ impl Default for Spec {
             disks: vec![],
             objects: vec![],
             devices: vec![],
+            guest: false,
             files: vec![],
             kernel_options: vec![],
             memory: "2G".to_owned(),
             boot_limit: Duration::from_secs(120),
             keep_logs: false,
+            counts_instructions: false,
         }
     }
 }
@@ -148,6 +156,9 @@ impl Spec {
         ]
         .map(OsString::from)
         .into();
+        if self.counts_instructions {
+            arguments.extend(["-icount", "shift=0,sleep=off"].map(OsString::from));
+        }
         for (option, path) in [
             ("-kernel", image.to_owned()),
             ("-initrd", directory.initramfs()),
@@ -211,6 +222,22 @@ mod tests {
         assert!(at("memory-backend-memfd") < at("ivshmem-plain"));
         assert!(at("id=disk0") < at("ivshmem-plain"));
         assert!(at("aw-bits=39") == at("intel-iommu"));
+    }
+
+    #[test]
+    fn instructions_are_counted_only_if_wanted() {
+        let directory = RunDirectory::new().unwrap();
+        for counts_instructions in [false, true] {
+            let spec = Spec {
+                counts_instructions,
+                ..Spec::default()
+            };
+            let arguments = spec.arguments(&directory, Path::new("/k"));
+            assert_eq!(
+                arguments.iter().any(|a| a == "-icount"),
+                counts_instructions
+            );
+        }
     }
 
     #[test]

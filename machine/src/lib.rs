@@ -34,17 +34,23 @@
 //!    address width. The firmware tables, the kernel's memory map and the windows come from one
 //!    layout.
 
+pub mod acpi;
 mod board;
+pub mod boot;
 mod chipset;
 mod function;
+mod guest_ram;
 mod hardware;
 pub mod kvm;
 pub mod layout;
+mod machine;
 mod notices;
 pub mod pci;
 pub mod platform;
 
 pub use board::{Access, Board};
 pub use chipset::{Chipset, Line, Request};
+pub use guest_ram::GuestRamError;
 pub use hardware::{Asked, Hardware, HardwareError};
+pub use machine::{Controls, Ended, Images, Machine, MachineError, Parts};
 pub use notices::Notices;

@@ -45,6 +45,11 @@ pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
 /// PCI's configuration data ports, four bytes from here.
 pub const CONFIG_DATA_PORT: u16 = 0xcfc;
 
+/// The ports that I/O BARs may have: from here. A bridge's window is made of 4 KiB.
+pub const IO_WINDOW: u16 = 0x1000;
+/// The last of them.
+pub const IO_WINDOW_LAST: u16 = 0xffff;
+
 /// Config space by address (ECAM; PCI Express Base 6.0, 7.2.2): 1 MiB for each of 256 buses.
 pub const ECAM: Gpa = Gpa::new(0xe000_0000);
 /// Its size in bytes.

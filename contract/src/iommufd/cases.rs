@@ -7,7 +7,8 @@ use memory_map::{Access, IovaRange};
 
 use super::{
     Bench, Function, IommufdHost, address_cases, attach_cases, copy_cases, dma_buf_cases,
-    dma_cases, limit_cases, map_cases, random_cases, reset_cases, target_cases, unmap_cases,
+    dma_cases, limit_cases, map_cases, placement_cases, random_cases, reset_cases, target_cases,
+    unmap_cases,
 };
 use crate::cases::PAGE;
 use crate::verdict::{granted, same};
@@ -149,6 +150,10 @@ pub fn cases() -> Vec<Case> {
         target_cases::a_bar_that_was_revoked_is_made_anew_in_both,
         target_cases::a_bar_that_is_revoked_is_unavailable_and_ram_stays,
         target_cases::a_bar_that_is_partly_covered_maps_what_is_visible,
+        placement_cases::ram_beyond_the_aperture_is_refused_before_anything_is_done,
+        placement_cases::ram_in_a_reserved_window_is_refused_before_anything_is_done,
+        placement_cases::a_bar_beyond_the_aperture_is_out_of_reach_until_it_is_back,
+        placement_cases::a_file_open_for_reading_is_mapped_for_writing,
     ]
 }
 

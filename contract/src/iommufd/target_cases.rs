@@ -20,18 +20,18 @@ use crate::verdict::{granted, same};
 use crate::{Complaint, Verdict};
 
 /// Where the BAR is at first, and where it is moved to, in pages after [`AT`].
-const BAR: u64 = 0x1000;
+pub(crate) const BAR: u64 = 0x1000;
 const MOVED: u64 = 0x3000;
 
 /// A map of the bench's RAM at [`AT`] and of its BAR.
-struct Mapped {
-    map: RegionManager,
+pub(crate) struct Mapped {
+    pub map: RegionManager,
     bar: RegionId,
     backing: Backing,
     copies: RamCopies,
 }
 
-fn broken(error: &dyn std::error::Error) -> Complaint {
+pub(crate) fn broken(error: &dyn std::error::Error) -> Complaint {
     Complaint::Failed {
         expected: "the map to work".into(),
         got: error.to_string(),
@@ -39,7 +39,7 @@ fn broken(error: &dyn std::error::Error) -> Complaint {
 }
 
 /// A region of the whole of `backing`.
-fn spec(
+pub(crate) fn spec(
     name: &str,
     at: u64,
     kind: RegionKind,
@@ -66,7 +66,7 @@ fn spec(
 
 impl Mapped {
     /// The BAR is at its place and enabled; no target is registered.
-    fn new(bench: &dyn Bench) -> Result<Self, Complaint> {
+    pub fn new(bench: &dyn Bench) -> Result<Self, Complaint> {
         bench.ram_write(SOURCE, &TEXT)?;
         bench.ram_write(DESTINATION, &[0; 8])?;
         let (map, backing) = (RegionManager::new(), bench.bar_backing());
@@ -86,7 +86,7 @@ impl Mapped {
         })
     }
 
-    fn register(&self, ioas: &Space) -> Result<TargetHandle, Complaint> {
+    pub fn register(&self, ioas: &Space) -> Result<TargetHandle, Complaint> {
         let ioas: Arc<dyn IoAddressSpace> = Arc::clone(ioas);
         // SAFETY: the map's backings are the bench's RAM, a memfd, and its BAR; both are
         // `host_memory`'s or the simulated host's, and no Rust reference points into them.
@@ -96,16 +96,29 @@ impl Mapped {
             .map_err(|error| broken(&error))
     }
 
-    fn move_bar(&self, page: u64) -> Verdict {
+    pub fn move_bar(&self, page: u64) -> Verdict {
+        self.move_bar_to(iova(page).raw())
+    }
+
+    pub fn move_bar_to(&self, address: u64) -> Verdict {
         let mut change = self.map.change();
-        change.move_to(self.bar, Gpa::new(iova(page).raw()));
+        change.move_to(self.bar, Gpa::new(address));
         change
             .commit_guest()
             .map(drop)
             .map_err(|error| broken(&error))
     }
 
-    fn disable_bar(&self) -> Verdict {
+    pub fn enable_bar(&self) -> Verdict {
+        let mut change = self.map.change();
+        change.enable(self.bar);
+        change
+            .commit_guest()
+            .map(drop)
+            .map_err(|error| broken(&error))
+    }
+
+    pub fn disable_bar(&self) -> Verdict {
         let mut change = self.map.change();
         change.disable(self.bar, DisabledBecause::DecodingOff);
         change
@@ -115,7 +128,7 @@ impl Mapped {
     }
 
     /// What whoever has caused a revocation does.
-    fn revoke(&self) -> Verdict {
+    pub fn revoke(&self) -> Verdict {
         let mut change = self.map.change();
         change.revoke(&self.backing);
         change
@@ -124,7 +137,7 @@ impl Mapped {
             .map_err(|error| broken(&error))
     }
 
-    fn reach(&self, target: &TargetHandle) -> Option<Reach> {
+    pub fn reach(&self, target: &TargetHandle) -> Option<Reach> {
         let reach = self.map.reach();
         let entry = reach
             .into_iter()
@@ -134,7 +147,7 @@ impl Mapped {
 }
 
 /// Has the engine write the text to the BAR's first bytes at `page`, and tells what is there then.
-fn written(bench: &mut dyn Bench, page: u64) -> Result<[u8; 8], Complaint> {
+pub(crate) fn written(bench: &mut dyn Bench, page: u64) -> Result<[u8; 8], Complaint> {
     bench.bar_write(0, OTHER)?;
     bench.engine().load(iova(0), 8)?;
     bench.engine().store(iova(page), 8)?;

@@ -3,9 +3,9 @@
 
 use super::bad_input::{NOT_DONE, commands_in, group_file};
 use super::footprint::Footprint;
-use super::p2p_run::{P2pRun, p2p};
+use super::p2p_run::{P2pRun, RAM_PAGES, p2p};
 use super::unprivileged::{as_nobody, quoted};
-use super::{EDU, IOMMUFD_KERNEL, IVSHMEM};
+use super::{EDU, IOMMUFD_KERNEL, IVSHMEM, SECOND_EDU, SECOND_IVSHMEM};
 use crate::kernel::OwnKernel;
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
@@ -18,6 +18,8 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
         locked_memory_of_all_processes_is_told_with_the_need,
         device_without_vfio_comes_with_the_commands_that_bind_it,
         device_in_use_comes_with_the_command_that_finds_its_user;
+    TWO_EDUS:
+        locked_memory_of_another_process_of_the_user_counts;
 ];
 
 /// And on one that has none of it.
@@ -131,6 +133,53 @@ fn locked_memory_of_all_processes_is_told_with_the_need(
     bench.run_ok(&["sh", "-c", &limited(65_540)])?;
     bench.shell(&format!("chown root {files}"))?;
     before.ensure_same(bench)
+}
+
+/// Two processes of one user, with two functions each: one has its RAM pinned and is stopped, and
+/// there is no room for the other one's, though there would be by itself.
+fn locked_memory_of_another_process_of_the_user_counts(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let (first, second) = ([EDU, IVSHMEM], [SECOND_EDU, SECOND_IVSHMEM]);
+    let mut files = vec!["/dev/iommu".to_owned()];
+    for function in first.iter().chain(&second) {
+        files.push(cdev(bench, function)?);
+    }
+    let files = files.join(" ");
+    bench.shell(&format!("chown nobody {files}"))?;
+    let before = Footprint::take(bench)?;
+    let exercise = [&BY_IOMMUFD[..], &["--exercise"]].concat();
+    // 64 MiB and a page for each; room for one and a half.
+    let limited = |options: &[&str], functions: &[&str]| {
+        let run = p2p(options, functions).join(" ");
+        format!("ulimit -l 98304; exec {}", quoted(&as_nobody(&run)))
+    };
+    bench.shell(&format!(
+        "({}) > /tmp/first 2>&1 & echo $! > /tmp/waited-for
+         until pid=$(pidof throughway); do usleep 1000; done
+         pinned() {{
+             cat /proc/sys/vm/stat_refresh
+             awk '/^nr_foll_pin_acquired/ {{ a = $2 }} /^nr_foll_pin_released/ {{ r = $2 }}
+                  END {{ print a - r }}' /proc/vmstat
+         }}
+         until [ $(pinned) -ge {RAM_PAGES} ]; do usleep 1000; done
+         kill -STOP $pid",
+        limited(&exercise, &first),
+    ))?;
+    let run = ["sh", "-c", &limited(&BY_IOMMUFD, &second)];
+    let said = ["needs 67108864 more", "all processes of this user"];
+    let told = bench.run_refused(&run, NOT_DONE, &said);
+    // The first one goes on as if nothing had been, and then there is room.
+    bench.shell(
+        "kill -CONT $(pidof throughway)
+         while [ -d /proc/$(cat /tmp/waited-for) ]; do usleep 10000; done; rm /tmp/waited-for",
+    )?;
+    told?;
+    let text = bench.shell("cat /tmp/first; rm /tmp/first")?;
+    ensure(text.contains("every device reaches every other"), || text)?;
+    bench.run_ok(&run)?;
+    before.ensure_same(bench)?;
+    bench.shell(&format!("chown root {files}")).map(drop)
 }
 
 fn device_without_vfio_comes_with_the_commands_that_bind_it(

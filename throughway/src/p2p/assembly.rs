@@ -130,7 +130,7 @@ impl Assembly {
             let options = FunctionOptions::default();
             let function = Arc::new(AssignedFunction::new(host, map.clone(), &options)?);
             let space = spaces.get(target).context("no such container")?;
-            space.switch.0.add(&function);
+            space.switch.add(&function);
             let name = function.name();
             let lent = parts.scratch.iter().enumerate();
             let mut lent = lent.filter(|(_, scratch)| scratch.function.to_string() == *name);
@@ -275,6 +275,15 @@ impl Assembly {
         Ok(self.map.reach_of(target.id(), bar)?)
     }
 
+    /// See [`Member::rest`]: all of them, and the first error of any.
+    pub fn rest(&mut self) -> Result<()> {
+        let mut done = Ok(());
+        for member in &mut self.members {
+            done = done.and(member.rest());
+        }
+        done
+    }
+
     /// Every ordered pair and BAR, with the reach as it stands.
     pub fn pairs(&self) -> Result<Vec<Pair>> {
         let mut pairs = Vec::new();
@@ -372,7 +381,14 @@ impl MemberBar {
 
 /// Cuts off the devices behind an IOMMU that may hold a mapping it should not, and says so.
 #[derive(Default)]
-struct Announced(CutOffSwitch);
+pub struct Announced(CutOffSwitch);
+
+impl Announced {
+    /// Cuts this function off, too.
+    pub fn add(&self, function: &Arc<AssignedFunction>) {
+        self.0.add(function);
+    }
+}
 
 impl CutOff for Announced {
     fn cut_off(&self, target: &TargetName, why: &Quarantine) {

@@ -1,19 +1,19 @@
 //! `throughway p2p`: who reaches whom on a real host.
 
-mod assembly;
+pub mod assembly;
 mod bus;
-mod choice;
+pub mod choice;
 mod control;
 mod exercise;
 mod hold;
-mod host;
-mod policy;
-mod report;
+pub mod host;
+pub mod policy;
+pub mod report;
 mod revocation;
 mod scratch;
 mod spot;
 mod stress;
-mod windows;
+pub mod windows;
 mod witness;
 
 use std::collections::BTreeSet;
@@ -148,7 +148,20 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
         required: policy.required,
         stress: args.stress.unwrap_or(0),
     };
-    let report = examine(&mut assembly, choice, plan, witness, holding)?;
+    let examined = examine(&mut assembly, choice, plan, witness, holding);
+    // However that ended, what engines have overwritten is put back, or it is told that it is not.
+    let report = match (examined, assembly.rest()) {
+        (Ok(report), rested) => {
+            rested?;
+            report
+        }
+        (Err(error), rested) => {
+            if let Err(left) = rested {
+                eprintln!("throughway: {left:#}");
+            }
+            return Err(error);
+        }
+    };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {

@@ -66,23 +66,17 @@ impl Pair {
         bar: &MemberBar,
         reach: &Reach,
     ) -> Self {
-        let (word, reason, by_design) = match reach {
-            Reach::Mapped => ("mapped", None, false),
-            Reach::Partly { missing, .. } => (
-                "partly",
-                Some(reach.to_string()),
-                missing.iter().all(|missing| by_design(&missing.reason)),
-            ),
-            Reach::Unavailable(reason) => {
-                ("unavailable", Some(reason.to_string()), by_design(reason))
-            }
-        };
+        let Described {
+            word,
+            reason,
+            counts,
+        } = Described::new(reach);
         Self {
             from: from.function.name().to_owned(),
             to: to.function.name().to_owned(),
             bar: bar.info.index.get(),
             reach: word,
-            counts: reason.is_some() && !by_design,
+            counts,
             reason,
             bypass: None,
             filtered: matches!(reach, Reach::Unavailable(Reason::Filtered)),
@@ -123,6 +117,37 @@ impl Pair {
 
     fn ok(&self) -> bool {
         !self.counts && self.exercised != Some(Exercised::Mismatch)
+    }
+}
+
+/// A reach in words.
+pub struct Described {
+    /// `mapped`, `partly` or `unavailable`.
+    pub word: &'static str,
+    /// What is missing and why; none where all is mapped.
+    pub reason: Option<String>,
+    /// Whether the reason is an obstacle, see [`Pair::counts`].
+    pub counts: bool,
+}
+
+impl Described {
+    pub fn new(reach: &Reach) -> Self {
+        let (word, reason, by_design) = match reach {
+            Reach::Mapped => ("mapped", None, true),
+            Reach::Partly { missing, .. } => (
+                "partly",
+                Some(reach.to_string()),
+                missing.iter().all(|missing| by_design(&missing.reason)),
+            ),
+            Reach::Unavailable(reason) => {
+                ("unavailable", Some(reason.to_string()), by_design(reason))
+            }
+        };
+        Self {
+            word,
+            reason,
+            counts: !by_design,
+        }
     }
 }
 
