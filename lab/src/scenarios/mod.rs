@@ -153,13 +153,16 @@ pub static AMD_IOMMU: Shape = Shape {
     ..EDU_AND_IVSHMEM
 };
 
-/// Of [`ROOT_PORTS`]: the functions behind root ports, each with its reset methods.
-const BEHIND_PORTS: [(&str, &str); 5] = [
+/// Of [`ROOT_PORTS`]: the functions behind root ports, each with its reset methods. One that is not
+/// alone on its bus when the kernel finds it has no `bus`.
+const BEHIND_PORTS: [(&str, &str); 7] = [
     (NVME, "flr bus"),
     (IGB, "flr pm bus"),
     (E1000E, "pm bus"),
     (FAR_EDU, "bus"),
     (FAR_IVSHMEM, "bus"),
+    (ONE_SLOT[0], "flr pm bus"),
+    (ONE_SLOT[1], "flr"),
 ];
 /// Of [`ROOT_PORTS`]: an NVMe with a controller memory buffer of 16 MiB and a disk of 16 MiB.
 const NVME: &str = "0000:01:00.0";
