@@ -182,7 +182,7 @@ const ONE_SLOT: [&str; 2] = ["0000:07:00.0", "0000:07:00.1"];
 /// [`EDU_AND_IVSHMEM`] and one root port for each of an NVMe (with a controller memory buffer, and
 /// a disk whose words tell their offsets, see [`crate::disk`]), an igb, an e1000e, another edu and
 /// another ivshmem-plain (1 MiB); one with nothing behind it, `port-d`; and one with a slot of two
-/// functions, [`ONE_SLOT`], of which the first one has to name the second one.
+/// functions, an igb and an NVMe, of which the first one has to name the second one.
 ///
 /// Behind a port a function can be pulled out and reset with its bus. Of a port that is faster than
 /// 5 GT/s the kernel wants to see the link come up after that, which QEMU does not report where
