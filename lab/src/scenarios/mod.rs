@@ -186,8 +186,8 @@ const ONE_SLOT: [&str; 2] = ["0000:07:00.0", "0000:07:00.1"];
 ///
 /// Behind a port a function can be pulled out and reset with its bus. Of a port that is faster than
 /// 5 GT/s the kernel wants to see the link come up after that, which QEMU does not report where
-/// devices are plugged in by ACPI: behind `port-8` a reset of the bus is done, and then fails. The ports are `port-8` to
-/// `port-e` and sit at `0000:00:08.0` to `0000:00:0e.0`.
+/// devices are plugged in by ACPI: behind `port-8` a reset of the bus is done, and then fails. The
+/// ports are `port-8` to `port-e` and sit at `0000:00:08.0` to `0000:00:0e.0`.
 pub static ROOT_PORTS: Shape = Shape {
     name: "devices behind root ports",
     iommu: Iommu::Intel,
