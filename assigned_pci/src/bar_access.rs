@@ -1,6 +1,7 @@
-//! Accesses to a BAR that are trapped: carried out by the host's side, piece by piece.
+//! Accesses to a BAR that are trapped: carried out by the host's side, piece by piece, but for what
+//! MSI-X has there, which is emulated.
 
-use crate::{AssignedFunction, BarIndex, HostCall, HostError};
+use crate::{AssignedFunction, BarIndex, HostCall, HostError, MsixStructure, Outcome};
 
 impl AssignedFunction {
     /// Reads `data.len()` bytes at `offset` of a BAR, as many as there are, in naturally aligned
@@ -20,7 +21,9 @@ impl AssignedFunction {
             let Some((now, later)) = std::mem::take(&mut rest).split_at_mut_checked(length) else {
                 break;
             };
-            if let Err(error) = self.host.bar_read(bar, at, now) {
+            if let Some(structure) = self.emulated_at(bar, at) {
+                self.read_structure(structure, now);
+            } else if let Err(error) = self.host.bar_read(bar, at, now) {
                 now.fill(0xff);
                 let call = HostCall::BarRead(bar, at);
                 refused.get_or_insert_with(|| HostError::new(call, &error));
@@ -43,7 +46,9 @@ impl AssignedFunction {
             let Some((now, later)) = rest.split_at_checked(length) else {
                 break;
             };
-            if let Err(error) = self.host.bar_write(bar, at, now) {
+            if let Some(structure) = self.emulated_at(bar, at) {
+                refused = refused.or(self.write_structure(structure, now));
+            } else if let Err(error) = self.host.bar_write(bar, at, now) {
                 let call = HostCall::BarWrite(bar, at);
                 refused.get_or_insert_with(|| HostError::new(call, &error));
             }
@@ -51,6 +56,32 @@ impl AssignedFunction {
             at = after(at, length);
         }
         refused
+    }
+
+    /// What of MSI-X is emulated at an offset of a BAR, and where in it that is. Both structures are
+    /// aligned to eight bytes and as long as that, so a piece is in one of them or in none.
+    fn emulated_at(&self, bar: BarIndex, offset: u64) -> Option<(MsixStructure, u64)> {
+        let msix = self.msix().filter(|_| self.emulates_msix)?;
+        msix.structure_at(bar, offset)
+    }
+
+    fn read_structure(&self, structure: (MsixStructure, u64), data: &mut [u8]) {
+        let state = self.lock();
+        if let Some(interrupts) = state.interrupts.as_ref().filter(|_| !state.removed) {
+            interrupts.read_structure(structure, data);
+        }
+    }
+
+    fn write_structure(&self, structure: (MsixStructure, u64), data: &[u8]) -> Option<HostError> {
+        let mut outcome = Outcome::default();
+        let mut state = self.lock();
+        if !state.removed
+            && let Some(interrupts) = &mut state.interrupts
+        {
+            interrupts.write_structure(&*self.host, structure, data, &mut outcome);
+        }
+        drop(state);
+        outcome.host_errors.into_iter().next()
     }
 
     /// The size of a BAR that answers: while the function is awake, an I/O BAR, for which the host's

@@ -31,6 +31,8 @@ impl Capability {
     pub const EXPRESS: u16 = 0x10;
     /// The id of advanced features in the standard list (PCI 3.0 ECN "Advanced Capabilities").
     pub const ADVANCED_FEATURES: u16 = 0x13;
+    /// The id of MSI in the standard list (PCI Local Bus 3.0, 6.8.1).
+    pub const MSI: u16 = 0x05;
     /// The id of MSI-X in the standard list (PCI Local Bus 3.0, 6.8.2).
     pub const MSIX: u16 = 0x11;
 }

@@ -19,6 +19,9 @@
 //! revoking: the BARs leave the map before it and come back after it.
 //!
 //! A function that sleeps takes the bit, and decodes when it is awake.
+//!
+//! A function with a controller for its interrupts has no INTx: *interrupt disable* is set in
+//! whatever is written to the physical register, and the guest reads its own.
 
 use memory_map::DisabledBecause;
 
@@ -38,6 +41,9 @@ impl Command {
     /// Start transactions.
     pub(crate) const BUS_MASTER: u16 = 1 << 2;
 
+    /// Do not raise INTx.
+    pub(crate) const INTX_DISABLE: u16 = 1 << 10;
+
     /// As at power-on.
     pub(crate) const OFF: Self = Self(0);
 
@@ -49,9 +55,16 @@ impl Command {
         self.0.to_le_bytes()
     }
 
-    /// Whether the function neither decodes nor starts anything.
-    pub(crate) const fn is_off(self) -> bool {
+    /// The same with INTx held off.
+    pub(crate) const fn without_intx(self) -> Self {
+        Self(self.0 | Self::INTX_DISABLE)
+    }
+
+    /// Whether the function neither decodes nor starts anything, and does not raise INTx if `off`
+    /// does not.
+    pub(crate) const fn is_as_off_as(self, off: Self) -> bool {
         self.0 & (Self::IO | Self::MEMORY | Self::BUS_MASTER) == 0
+            && !self.0 & off.0 & Self::INTX_DISABLE == 0
     }
 
     /// Whether it answers to memory addresses.
@@ -75,6 +88,44 @@ impl Command {
             Self(self.0 | Self::MEMORY)
         } else {
             Self(self.0 & !Self::MEMORY)
+        }
+    }
+}
+
+/// The byte of an access at `offset` that is the register's upper one, with *interrupt disable*.
+fn upper_byte(offset: u16, data: &mut [u8]) -> Option<&mut u8> {
+    let at = COMMAND.saturating_add(1).checked_sub(offset)?;
+    data.get_mut(usize::from(at))
+}
+
+impl State {
+    /// The physical register of a function that is off.
+    pub(crate) const fn command_off(&self) -> Command {
+        match self.interrupts {
+            Some(_) => Command::OFF.without_intx(),
+            None => Command::OFF,
+        }
+    }
+
+    /// Puts what the guest is to see into what was read at `offset`, the register's first or second
+    /// byte.
+    pub(crate) fn show_command(&self, offset: u16, data: &mut [u8]) {
+        if let (COMMAND, Some(low)) = (offset, data.first_mut()) {
+            let command = Command::new((*low).into());
+            [*low, _] = command.with_memory(self.decoding).to_bytes();
+        }
+        if let (Some(interrupts), Some(upper)) = (&self.interrupts, upper_byte(offset, data)) {
+            let [_, intx] = Command(Command::INTX_DISABLE).to_bytes();
+            *upper = (*upper & !intx) | if interrupts.intx_disabled { intx } else { 0 };
+        }
+    }
+
+    /// Takes the guest's *interrupt disable* from what it writes, and sets it there.
+    fn hold_intx_off(&mut self, offset: u16, data: &mut [u8]) {
+        if let (Some(interrupts), Some(upper)) = (&mut self.interrupts, upper_byte(offset, data)) {
+            let [_, intx] = Command(Command::INTX_DISABLE).to_bytes();
+            interrupts.intx_disabled = *upper & intx != 0;
+            *upper |= intx;
         }
     }
 }
@@ -103,7 +154,9 @@ impl AssignedFunction {
         if !decode {
             state.decoding = false;
         }
-        let written = self.write_host(offset, data, outcome);
+        let mut data = data.to_vec();
+        state.hold_intx_off(offset, &mut data);
+        let written = self.write_host(offset, &data, outcome);
         if decode && written {
             state.decoding = true;
             if state.decodes() {

@@ -1,13 +1,13 @@
 //! The guest's accesses to config space.
 //!
 //! What is intercepted: the memory space bit of the command register, the six base address
-//! registers, the expansion ROM's, which is hidden, and the registers with which the guest puts the
-//! function to sleep or resets it. Everything else goes to the host's side and is what that makes
-//! of it.
+//! registers, the expansion ROM's, which is hidden, the registers with which the guest puts the
+//! function to sleep or resets it, those of its interrupts, and what the [filter](crate::filter)
+//! hides. Everything else goes to the host's side and is what that makes of it.
 
-use crate::command::Command;
 use crate::config_space::{BARS, BARS_END, COMMAND, ROM, ROM_END, STATUS, is_access};
 use crate::controls::Request;
+use crate::filter::Overlay;
 use crate::function::State;
 use crate::{AssignedFunction, HostCall, HostError, Outcome};
 
@@ -38,15 +38,15 @@ impl AssignedFunction {
             }
             _ => {}
         }
-        if let Err(error) = self.host.config_read(offset, data) {
+        let overlay = self.overlay(&state, offset);
+        if !overlay.covers(data.len())
+            && let Err(error) = self.host.config_read(offset, data)
+        {
             data.fill(0xff);
             return Some(HostError::new(HostCall::ConfigRead(offset), &error));
         }
-        if let (COMMAND, Some(low)) = (offset, data.first_mut()) {
-            [*low, _] = Command::new((*low).into())
-                .with_memory(state.decoding)
-                .to_bytes();
-        }
+        overlay.show(data);
+        state.show_command(offset, data);
         None
     }
 
@@ -77,13 +77,56 @@ impl AssignedFunction {
                 Some(Request::Reset) => {
                     self.reset_by_write(&mut state, (offset, data), &mut outcome);
                 }
-                None => {
-                    self.write_host(offset, data, &mut outcome);
-                }
+                None => self.write_register(&mut state, offset, data, &mut outcome),
             },
         }
         outcome
     }
+
+    /// The guest writes registers from which nothing follows for the map: MSI's and MSI-X's, those
+    /// that are hidden, and the host's.
+    fn write_register(&self, state: &mut State, offset: u16, data: &[u8], outcome: &mut Outcome) {
+        if let Some(interrupts) = &mut state.interrupts {
+            let write = in_dword(offset, data);
+            if interrupts.write_config(&*self.host, offset & !3, write, outcome) {
+                return;
+            }
+        }
+        let overlay = self.overlay(state, offset);
+        if !overlay.covers_any(data.len()) {
+            self.write_host(offset, data, outcome);
+            return;
+        }
+        // Some of it is hidden: the rest goes byte by byte.
+        for ((at, byte), covered) in (offset..).zip(data).zip(overlay.covered()) {
+            if !covered {
+                self.write_host(at, std::slice::from_ref(byte), outcome);
+            }
+        }
+    }
+
+    /// What the guest sees of the registers from `offset` to the end of its dword instead of the
+    /// host's. The lists' pointers are in front.
+    fn overlay(&self, state: &State, offset: u16) -> Overlay {
+        let at = offset & !3;
+        let hidden = self.filter.overlay(at);
+        let interrupts = state.interrupts.as_ref();
+        interrupts
+            .and_then(|interrupts| interrupts.overlay(at))
+            .unwrap_or_default()
+            .under(hidden.mask, hidden.value)
+            .at_byte(offset % 4)
+    }
+}
+
+/// A write at `offset` as one to its dword: which bits, and what they become.
+fn in_dword(offset: u16, data: &[u8]) -> (u32, u32) {
+    let (mut mask, mut value) = ([0; 4], [0; 4]);
+    let skip = usize::from(offset % 4);
+    for ((mask, value), byte) in mask.iter_mut().zip(&mut value).skip(skip).zip(data) {
+        (*mask, *value) = (0xff, *byte);
+    }
+    (u32::from_le_bytes(mask), u32::from_le_bytes(value))
 }
 
 /// Which of the six registers lies at `offset`, and which of its bytes.

@@ -59,15 +59,14 @@ pub(crate) fn read_bars(config: &ConfigReader<'_>) -> Result<Vec<(Bar, HostBar)>
     Ok(found)
 }
 
-/// Turns decoding and bus mastering off in the physical command register, if they are on.
-pub(crate) fn quiesce(config: &ConfigReader<'_>) -> Result<(), FunctionError> {
-    let command = Command::new(config.u16(COMMAND)?);
-    if command.is_off() {
+/// Makes the physical command register `off`, unless it is.
+pub(crate) fn quiesce(config: &ConfigReader<'_>, off: Command) -> Result<(), FunctionError> {
+    if Command::new(config.u16(COMMAND)?).is_as_off_as(off) {
         return Ok(());
     }
     config
         .host
-        .config_write(COMMAND, &Command::OFF.to_bytes())
+        .config_write(COMMAND, &off.to_bytes())
         .map_err(|errno| FunctionError::CommandWrite {
             function: config.function.to_owned(),
             errno: Errno::from(errno),

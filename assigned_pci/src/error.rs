@@ -4,7 +4,7 @@ use std::fmt;
 
 use memory_map::{ChangeError, Errno};
 
-use crate::BarIndex;
+use crate::{BarIndex, MsiKind};
 
 /// Why an [`AssignedFunction`](crate::AssignedFunction) was not made. The map is as it was.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -106,6 +106,17 @@ pub enum FunctionError {
         structure: MsixStructure,
         /// What is wrong with it.
         problem: MsixProblem,
+    },
+    /// The host would not tell what interrupt vectors there are.
+    #[error("{function}: the host does not tell what {kind} vectors there are")]
+    Vectors {
+        /// Which function.
+        function: String,
+        /// Of which kind.
+        kind: MsiKind,
+        /// What the kernel said.
+        #[source]
+        errno: Errno,
     },
     /// The map did not take the BARs' regions.
     #[error("{function}: its BARs were not added to the memory map")]

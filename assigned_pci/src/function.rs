@@ -25,13 +25,15 @@ use crate::config_space::{CONVENTIONAL_SIZE, ConfigReader, EXPRESS_SIZE};
 use crate::controls::Controls;
 use crate::cut_off::Aftermath;
 use crate::discovery::{bar_error, quiesce, read_bars, read_ids, region};
+use crate::filter::Filter;
 use crate::guarded_host::GuardedHost;
+use crate::interrupts::Interrupts;
 use crate::power::PowerState;
 use crate::shown::{AssignedBar, Shown};
 use crate::sync::Mutex;
 use crate::{
-    BarIndex, Capability, FunctionError, HostCall, HostError, HostFunction, Msix, Outcome,
-    capability, mappable,
+    BarIndex, Capability, FunctionError, HostCall, HostError, HostFunction, MsiController, MsiKind,
+    Msix, Outcome, Treatment, capability, mappable,
 };
 
 /// How a function is assigned.
@@ -40,6 +42,8 @@ pub struct FunctionOptions {
     /// The priority of its BARs' regions. RAM's should be higher, so that a BAR that the guest
     /// puts over RAM does not hide it.
     pub priority: Priority,
+    /// What delivers its interrupts. Without, it has none: MSI and MSI-X are hidden.
+    pub interrupts: Option<Arc<dyn MsiController>>,
 }
 
 /// A vendor id and the device id that the vendor gave (PCI Local Bus 3.0, 6.2.1).
@@ -98,7 +102,10 @@ pub struct AssignedFunction {
     name: String,
     vendor_device: VendorDevice,
     capabilities: Vec<Capability>,
+    pub(crate) filter: Filter,
     msix: Option<Msix>,
+    /// Whether MSI-X's table and pending bits are emulated.
+    pub(crate) emulates_msix: bool,
     /// Taken through [`AssignedFunction::lock`] only.
     pub(crate) state: Mutex<State>,
 }
@@ -114,6 +121,8 @@ pub(crate) struct State {
     pub(crate) power: PowerState,
     /// While the host is asked for something that revokes: why no BAR may be seen.
     pub(crate) held: Option<DisabledBecause>,
+    /// None without a controller.
+    pub(crate) interrupts: Option<Interrupts>,
     /// Whether the function has been taken out of the guest.
     pub(crate) removed: bool,
 }
@@ -149,6 +158,22 @@ impl AssignedFunction {
         let bars: Vec<Bar> = found.iter().map(|(bar, _)| bar.clone()).collect();
         let msix = Msix::read(&config, &capabilities, &bars)?;
 
+        let interrupts = match &options.interrupts {
+            Some(controller) => {
+                let controller = Arc::clone(controller);
+                Some(Interrupts::read(&config, &capabilities, msix, controller)?)
+            }
+            None => None,
+        };
+        let emulates = |capability: &Capability| {
+            let interrupts = interrupts.as_ref();
+            interrupts.is_some_and(|interrupts| interrupts.emulates(capability))
+        };
+        let filter = Filter::read(&config, &capabilities, emulates)?;
+        let emulates_msix = capabilities
+            .iter()
+            .any(|capability| capability.id == Capability::MSIX && emulates(capability));
+
         let controls = Controls::read(&config, &capabilities)?;
         let power = match controls.power {
             Some(power) => PowerState::from_register(config.u8(power.at)?),
@@ -160,6 +185,7 @@ impl AssignedFunction {
             decoding: false,
             power,
             held: None,
+            interrupts,
             removed: false,
         };
         let mut change = map.change();
@@ -196,7 +222,7 @@ impl AssignedFunction {
                 shown,
             });
         }
-        quiesce(&config)?;
+        quiesce(&config, state.command_off())?;
         // The kernel revokes when decoding goes off. Nothing of ours is mapped yet.
         for backing in state.bars.iter().flat_map(|assigned| &assigned.backings) {
             backing.advance_epoch();
@@ -215,7 +241,9 @@ impl AssignedFunction {
             name,
             vendor_device,
             capabilities,
+            filter,
             msix,
+            emulates_msix,
             state: Mutex::new(state),
             map,
         })
@@ -245,6 +273,23 @@ impl AssignedFunction {
     #[must_use]
     pub fn capabilities(&self) -> &[Capability] {
         &self.capabilities
+    }
+
+    /// What the guest sees of one of its [capabilities](Self::capabilities). Where the
+    /// [table](CapabilityRule) says *emulated* and nobody delivers interrupts, it is hidden.
+    #[must_use]
+    pub fn treatment(&self, capability: &Capability) -> Treatment {
+        match capability.rule() {
+            _ if self.filter.hides(capability) => Treatment::Hidden,
+            Some(rule) => rule.treatment,
+            None => Treatment::Shown,
+        }
+    }
+
+    /// The kind of interrupts that the guest has enabled, and how many vectors it may use.
+    #[must_use]
+    pub fn enabled_vectors(&self) -> Option<(MsiKind, u16)> {
+        self.lock().interrupts.as_ref()?.enabled()
     }
 
     /// Its MSI-X capability, if it has one.
@@ -317,6 +362,7 @@ impl AssignedFunction {
         }
         state.removed = true;
         state.decoding = false;
+        self.end_interrupts(&mut state, &mut outcome);
         let regions: Vec<_> = state
             .bars
             .iter_mut()
@@ -343,6 +389,13 @@ impl AssignedFunction {
     #[must_use]
     pub fn is_decoding(&self) -> bool {
         self.lock().decodes()
+    }
+
+    /// Disconnects all interrupt vectors; their registers are as at power-on.
+    pub(crate) fn end_interrupts(&self, state: &mut State, outcome: &mut Outcome) {
+        if let Some(interrupts) = &mut state.interrupts {
+            interrupts.reset(&*self.host, outcome);
+        }
     }
 
     /// Writes the host's config space and tells whether the host took it.

@@ -9,12 +9,13 @@
 //! change of power state or a commit, and nothing is locked under it.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::command::Command;
 use crate::config_space::COMMAND;
 use crate::sync::Mutex;
-use crate::{BarIndex, HostBar, HostFunction};
+use crate::{BarIndex, HostBar, HostFunction, HostVectors, MsiKind};
 
 /// See the [module's documentation](self).
 #[derive(Debug)]
@@ -125,6 +126,24 @@ impl HostFunction for GuardedHost {
     fn reset(&self) -> io::Result<()> {
         let reset = self.host.reset();
         self.hold().and(reset)
+    }
+
+    fn vectors(&self, kind: MsiKind) -> io::Result<HostVectors> {
+        self.host.vectors(kind)
+    }
+
+    /// Without bus mastering none is raised, so a cut-off has nothing to hold here.
+    fn connect_vectors(
+        &self,
+        kind: MsiKind,
+        first: u16,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> io::Result<()> {
+        self.host.connect_vectors(kind, first, eventfds)
+    }
+
+    fn disconnect_vectors(&self, kind: MsiKind) -> io::Result<()> {
+        self.host.disconnect_vectors(kind)
     }
 
     fn is_virtual(&self) -> bool {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use memory_map::Backing;
 
@@ -53,6 +54,35 @@ pub struct HostBarArea {
     pub backing: Backing,
 }
 
+/// A kind of message signalled interrupts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MsiKind {
+    /// MSI (PCI Local Bus 3.0, 6.8.1): up to 32 vectors, in config space.
+    Msi,
+    /// MSI-X (6.8.2 there): up to 2048 vectors, in a table in a BAR.
+    MsiX,
+}
+
+impl fmt::Display for MsiKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Msi => "MSI",
+            Self::MsiX => "MSI-X",
+        })
+    }
+}
+
+/// What the host lends of one kind of interrupt vectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HostVectors {
+    /// How many; zero where there are none of the kind.
+    pub count: u16,
+    /// Whether a vector can be connected beyond those that were enabled first. Where it cannot,
+    /// all must be disconnected to have more (`VFIO_IRQ_INFO_NORESIZE`): MSI always, MSI-X before
+    /// Linux 6.5.
+    pub dynamic: bool,
+}
+
 /// A PCI function that the host lends out.
 pub trait HostFunction: Send + Sync + fmt::Debug {
     /// For people: the BDF, for a real function.
@@ -98,6 +128,45 @@ pub trait HostFunction: Send + Sync + fmt::Debug {
     /// # Errors
     /// `ENOTTY` where the function has no reset; else the kernel's errno.
     fn reset(&self) -> io::Result<()>;
+
+    /// What there is of one kind of interrupt vectors; none, if this is not implemented.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    fn vectors(&self, kind: MsiKind) -> io::Result<HostVectors> {
+        let _ = kind;
+        Ok(HostVectors::default())
+    }
+
+    /// Has the vectors from `first` on signalled by these eventfds; `None` takes one away. The
+    /// host keeps references of its own to the eventfds.
+    ///
+    /// The first call enables the kind in the device, with `first + eventfds.len()` vectors, and
+    /// later calls stay within these, unless the host's vectors are [dynamic](HostVectors). One
+    /// kind can be enabled at a time.
+    ///
+    /// # Errors
+    /// The kernel's errno: `ENOSPC` where the host has not so many vectors left, `EINVAL` for
+    /// vectors that do not exist or while the other kind is enabled. Vectors of this call are then
+    /// disconnected, and after a first call none is enabled.
+    fn connect_vectors(
+        &self,
+        kind: MsiKind,
+        first: u16,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> io::Result<()> {
+        let _ = (kind, first, eventfds);
+        Err(io::Error::from_raw_os_error(libc::EINVAL))
+    }
+
+    /// Disconnects all vectors of a kind, and disables the kind in the device.
+    ///
+    /// # Errors
+    /// The kernel's errno: `EINVAL` where the kind is not enabled.
+    fn disconnect_vectors(&self, kind: MsiKind) -> io::Result<()> {
+        let _ = kind;
+        Err(io::Error::from_raw_os_error(libc::EINVAL))
+    }
 
     /// Whether it is a virtual function (SR-IOV), which decodes memory whatever its command
     /// register says.

@@ -34,7 +34,8 @@
 //! | D1, D2, D3hot | `Sleeping` | write PMCSR; it is read back | they stay out, unless the function is still awake |
 //! | back to D0 | `Sleeping` | write PMCSR; it is read back | they come back; without *No_Soft_Reset*, from D3hot, as after a reset |
 //! | function-level reset (PCI Express, advanced features) | `Resetting` | clear the command register, carry the write out, clear the command register again if it was restored | registers as at power-on: command 0, BARs at 0 |
-//! | [`AssignedFunction::reset`] | `Resetting` | the same, with its own reset | the same |
+//! | [`AssignedFunction::reset`] | `Resetting` | the same, with its own reset | the same; one that still sleeps is woken |
+//! | [`AssignedFunction::quiesce`] | `DecodingOff` | clear the command register | registers as at power-on |
 //! | [`ResetSet::hot_reset`] | `Resetting`, all functions of the set | the same, all at once; `EBUSY` again, a bounded number of times | the same, all of them |
 //! | somebody else's reset ([`AssignedFunction::mappings_may_be_revoked`], [`ResetSet::mappings_may_be_revoked`]) | it has happened | tell the command register and PMCSR | what decodes is mapped anew |
 //! | [cut off](CutOffSwitch) | `Resetting` | turn bus mastering off, for good; then as a reset | the same |
@@ -44,12 +45,30 @@
 //! the command register with it. The guest, which expects a reset, is shown one, and the physical
 //! command register is made to say what the guest reads.
 //!
-//! What this crate does not do: interrupts, the expansion ROM (hidden), and I/O ports (the registers
-//! of I/O BARs are emulated, nothing follows from them).
+//! # What the guest sees of config space
+//! [`CapabilityRule::all`] is one table that says of each capability whether it is shown, emulated
+//! or hidden, and why. What is not in it is shown as the host has it. A hidden one is not in the
+//! list, reads zero and takes no writes. BARs are emulated; the expansion ROM, built-in self-test
+//! and the interrupt pin read zero.
+//!
+//! # Interrupts
+//! A function that is given an [`MsiController`] has MSI and MSI-X: config space, the table and the
+//! pending bits are emulated, also where the rest of their page is the device's, and each vector
+//! that the guest unmasks is connected, from the host's eventfd to a [`MsiVector`]. Changes are
+//! applied one by one: nothing is asked of the host or the controller that did not change. A masked
+//! vector keeps its signals, shows them in its pending bit, and delivers them when it is unmasked.
+//! A reset of any kind, a wake-up that is as one, and the removal of the function end all of them.
+//! Without a controller both capabilities are hidden, and the table is the host's.
+//!
+//! What this crate does not do: INTx (with a controller, *interrupt disable* stays set in the
+//! physical command register), the expansion ROM, I/O ports (the registers of I/O BARs are emulated,
+//! nothing follows from them), and a PCI Express port above the function: the capability is shown
+//! with the type and the link that the host has.
 
 mod bar;
 mod bar_access;
 mod capability;
+mod capability_table;
 mod command;
 mod config_access;
 mod config_space;
@@ -57,12 +76,17 @@ mod controls;
 mod cut_off;
 mod discovery;
 mod error;
+mod filter;
 mod firmware;
 mod function;
 mod guarded_host;
 mod host_function;
+mod interrupts;
 mod mappable;
+mod msi;
+mod msi_controller;
 mod msix;
+mod msix_table;
 mod outcome;
 mod power;
 mod reset;
@@ -71,17 +95,20 @@ mod shown;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod vectors;
 mod vfio;
 
 pub use bar::BarKind;
 pub use capability::Capability;
+pub use capability_table::{CapabilityRule, Treatment};
 pub use cut_off::{CutOffState, CutOffSwitch};
 pub use error::{
     BarProblem, CapabilityList, CapabilityProblem, FunctionError, MsixProblem, MsixStructure,
 };
 pub use firmware::{PlaceError, Placed, Placement, Windows, place_bars};
 pub use function::{AssignedFunction, BarInfo, CpuAccess, FunctionOptions, VendorDevice};
-pub use host_function::{BarIndex, HostBar, HostBarArea, HostFunction};
+pub use host_function::{BarIndex, HostBar, HostBarArea, HostFunction, HostVectors, MsiKind};
+pub use msi_controller::{MsiController, MsiMessage, MsiVector};
 pub use msix::{Msix, MsixArea};
 pub use outcome::{HostCall, HostError, Outcome};
 pub use power::PowerState;

@@ -34,6 +34,18 @@ pub struct MsixArea {
 }
 
 impl MsixArea {
+    /// What the capability's register says of it: the BAR in bits 2:0, the offset in the rest.
+    pub(crate) fn pointer(&self) -> u32 {
+        // It has been read from such a register.
+        u32::try_from(self.offset).unwrap_or(0) | u32::from(self.bar.get())
+    }
+
+    /// Where in it an offset of a BAR is.
+    pub(crate) fn find(&self, bar: BarIndex, offset: u64) -> Option<u64> {
+        let within = offset.checked_sub(self.offset)?;
+        (bar == self.bar && within < self.size).then_some(within)
+    }
+
     /// The granules that hold any of it, as offsets in its BAR. The last may end past the BAR.
     pub(crate) const fn trapped(&self) -> Range<u64> {
         // 32-bit offset, and size of at most 32 KiB.
@@ -75,6 +87,17 @@ impl Msix {
                 count.div_ceil(64).saturating_mul(8),
             )?,
         }))
+    }
+
+    /// Which of the two structures lies at an offset of a BAR, and where in it that is. Where they
+    /// overlap, the table is in front.
+    pub(crate) fn structure_at(&self, bar: BarIndex, offset: u64) -> Option<(MsixStructure, u64)> {
+        let table = self.table.find(bar, offset);
+        let table = table.map(|at| (MsixStructure::Table, at));
+        table.or_else(|| {
+            let at = self.pending_bits.find(bar, offset)?;
+            Some((MsixStructure::PendingBits, at))
+        })
     }
 
     /// The granules of `bar` that stay trapped.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use memory_map::{Errno, InvalidChange, Report};
 
-use crate::BarIndex;
+use crate::{BarIndex, MsiKind};
 
 /// What came of something that the guest did to a function. The guest sees none of it: hardware
 /// does not answer a write, and a read that fails gives all ones.
@@ -100,6 +100,13 @@ pub enum HostCall {
     Reset,
     /// The reset of all functions of a bus or slot.
     HotReset,
+    /// Having an interrupt vector of this kind and number signalled by its eventfd.
+    ConnectVector(MsiKind, u16),
+    /// Disabling all interrupt vectors of a kind.
+    DisconnectVectors(MsiKind),
+    /// Having an interrupt vector delivered to the guest, or kept from it: the
+    /// [`MsiController`](crate::MsiController)'s.
+    RouteVector(MsiKind, u16),
 }
 
 impl fmt::Display for HostCall {
@@ -111,6 +118,9 @@ impl fmt::Display for HostCall {
             Self::BarWrite(bar, offset) => write!(f, "writing {bar} at {offset:#x}"),
             Self::Reset => f.write_str("the reset"),
             Self::HotReset => f.write_str("the hot reset"),
+            Self::ConnectVector(kind, vector) => write!(f, "connecting {kind} vector {vector}"),
+            Self::DisconnectVectors(kind) => write!(f, "disabling the {kind} vectors"),
+            Self::RouteVector(kind, vector) => write!(f, "routing {kind} vector {vector}"),
         }
     }
 }

@@ -70,7 +70,7 @@ impl AssignedFunction {
         let now = self.read_power(outcome);
         if before == PowerState::D3Hot && now.is_awake() && !control.no_soft_reset {
             state.power_on();
-            self.turn_off(outcome);
+            self.fall_silent(state, outcome);
         }
         state.power = now;
         self.bring_back(state, down, outcome);

@@ -4,9 +4,11 @@
 //!
 //! 1. The BARs leave the map, in one commit; their reach says that the device is being reset.
 //! 2. The physical command register is cleared: the function is quiet, and what the host restores
-//!    after the reset is a function that neither decodes nor starts anything.
+//!    after the reset is a function that neither decodes nor starts anything. Its interrupt vectors
+//!    are disconnected.
 //! 3. The host resets: `VFIO_DEVICE_RESET`, or the guest's write as it is. That sleeps 100 ms and
-//!    more; no lock of the map is held.
+//!    more; no lock of the map is held. A function that still sleeps after `VFIO_DEVICE_RESET`,
+//!    because that failed, is woken.
 //! 4. The registers are as at power-on (PCI Express Base 6.0, 6.6.2): the command register is
 //!    cleared, the BARs are at 0. vfio-pci hides a reset from its user, by restoring config space;
 //!    a guest's driver expects one, and puts back what it wants. Where the host did restore the
@@ -34,10 +36,14 @@ impl State {
 }
 
 impl AssignedFunction {
-    /// Resets the function (`VFIO_DEVICE_RESET`), and its emulated state to that at power-on:
-    /// nothing decoded, all BARs at 0. See the [crate's documentation](crate) for the order.
+    /// Resets the function (`VFIO_DEVICE_RESET`), and its emulated state to that at power-on: awake,
+    /// nothing decoded, bus mastering off, all BARs at 0, no interrupts. See the [crate's
+    /// documentation](crate) for the order. It is what a machine does to its functions when it is
+    /// reset and when it ends; where there are several, each is [made quiet](Self::quiesce) first.
     ///
-    /// What was mapped from the BARs counts as revoked, whatever the host said.
+    /// What was mapped from the BARs counts as revoked, whatever the host said. A function that
+    /// cannot be reset is as at power-on for the guest and for the bus, and goes on otherwise as it
+    /// was.
     pub fn reset(&self) -> Outcome {
         let mut outcome = Outcome::default();
         let mut state = self.lock();
@@ -47,6 +53,29 @@ impl AssignedFunction {
         outcome
     }
 
+    /// Makes the function quiet, without a reset, which takes 100 ms and more: bus mastering and
+    /// decoding off, interrupts disconnected, BARs at 0. What else it holds stays as it is.
+    pub fn quiesce(&self) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut state = self.lock();
+        if !state.removed {
+            let down = self.take_down(&mut state, DisabledBecause::DecodingOff, &mut outcome);
+            state.power_on();
+            self.fall_silent(&mut state, &mut outcome);
+            self.bring_back(&mut state, down, &mut outcome);
+        }
+        outcome
+    }
+
+    /// Has a function that sleeps come back to D0. A reset wakes it, but not every reset works.
+    fn wake(&self, outcome: &mut Outcome) {
+        if let Some(control) = self.controls.power
+            && !self.read_power(outcome).is_awake()
+        {
+            self.write_host(control.at, &[0], outcome);
+        }
+    }
+
     /// The same for whoever has the lock.
     pub(crate) fn reset_by_host(&self, state: &mut State, outcome: &mut Outcome) {
         self.reset_with(state, outcome, |outcome| {
@@ -54,6 +83,7 @@ impl AssignedFunction {
                 let error = HostError::new(HostCall::Reset, &error);
                 outcome.host_errors.push(error);
             }
+            self.wake(outcome);
         });
     }
 
@@ -76,7 +106,7 @@ impl AssignedFunction {
         reset: impl FnOnce(&mut Outcome),
     ) {
         let down = self.take_down(state, DisabledBecause::Resetting, outcome);
-        self.turn_off(outcome);
+        self.fall_silent(state, outcome);
         reset(outcome);
         self.after_reset(state, outcome);
         self.bring_back(state, down, outcome);
@@ -85,17 +115,20 @@ impl AssignedFunction {
     /// Registers and power state as a reset leaves them.
     pub(crate) fn after_reset(&self, state: &mut State, outcome: &mut Outcome) {
         state.power_on();
-        self.turn_off(outcome);
+        self.fall_silent(state, outcome);
         state.power = self.read_power(outcome);
     }
 
-    /// Clears the physical command register, unless it reads as clear.
-    pub(crate) fn turn_off(&self, outcome: &mut Outcome) {
+    /// Clears the physical command register, unless it reads as clear, and then disconnects all
+    /// interrupt vectors.
+    pub(crate) fn fall_silent(&self, state: &mut State, outcome: &mut Outcome) {
         let mut command = [0; 2];
+        let off = state.command_off();
         let read = self.host.config_read(COMMAND, &mut command);
-        if read.is_err() || !Command::new(u16::from_le_bytes(command)).is_off() {
-            self.write_host(COMMAND, &Command::OFF.to_bytes(), outcome);
+        if read.is_err() || !Command::new(u16::from_le_bytes(command)).is_as_off_as(off) {
+            self.write_host(COMMAND, &off.to_bytes(), outcome);
         }
+        self.end_interrupts(state, outcome);
     }
 
     /// To be called when the kernel may have revoked what was mapped from the BARs without having

@@ -114,8 +114,8 @@ impl ResetSet {
             state.held = Some(DisabledBecause::Resetting);
         }
         sync_all(&mut locked, false, &mut outcome);
-        for (function, _) in &locked {
-            function.turn_off(&mut outcome);
+        for (function, state) in &mut locked {
+            function.fall_silent(state, &mut outcome);
         }
         if let Err(error) = try_while_busy(retry, reset) {
             let error = HostError::new(HostCall::HotReset, &error);

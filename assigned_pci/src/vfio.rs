@@ -6,12 +6,13 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use host_memory::{DeviceBar, HostMemoryError, page_size};
 use memory_map::Backing;
-use vfio_sys::{Device, InfoError, Region, RegionArea, RegionIndex};
+use vfio_sys::{Device, InfoError, IrqIndex, Region, RegionArea, RegionIndex};
 
-use crate::{BarIndex, HostBar, HostBarArea, HostFunction};
+use crate::{BarIndex, HostBar, HostBarArea, HostFunction, HostVectors, MsiKind};
 
 /// Why an open device cannot be assigned.
 #[derive(Debug, thiserror::Error)]
@@ -155,7 +156,7 @@ impl VfioFunction {
         self
     }
 
-    /// The device, for its interrupts.
+    /// The device, for what is not in [`HostFunction`]: its other interrupts, a hot reset.
     #[must_use]
     pub const fn device(&self) -> &Device {
         &self.device
@@ -235,6 +236,13 @@ fn is_mappable(area: RegionArea, file_offset: u64) -> bool {
             .all(|number| number.is_multiple_of(page))
 }
 
+const fn irq_index(kind: MsiKind) -> IrqIndex {
+    match kind {
+        MsiKind::Msi => IrqIndex::MSI,
+        MsiKind::MsiX => IrqIndex::MSIX,
+    }
+}
+
 /// Whether an access is one that a bus makes in one piece.
 fn is_natural(offset: u64, length: usize) -> bool {
     matches!(length, 1 | 2 | 4 | 8) && offset.is_multiple_of(length as u64)
@@ -280,6 +288,31 @@ impl HostFunction for VfioFunction {
 
     fn reset(&self) -> io::Result<()> {
         self.device.reset()
+    }
+
+    fn vectors(&self, kind: MsiKind) -> io::Result<HostVectors> {
+        let info = self.device.irq_info(irq_index(kind))?;
+        if !info.eventfd() {
+            return Ok(HostVectors::default());
+        }
+        Ok(HostVectors {
+            count: u16::try_from(info.count).unwrap_or(u16::MAX),
+            dynamic: !info.no_resize(),
+        })
+    }
+
+    fn connect_vectors(
+        &self,
+        kind: MsiKind,
+        first: u16,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> io::Result<()> {
+        let index = irq_index(kind);
+        self.device.enable_irqs(index, first.into(), eventfds)
+    }
+
+    fn disconnect_vectors(&self, kind: MsiKind) -> io::Result<()> {
+        self.device.disable_irqs(irq_index(kind))
     }
 
     fn is_virtual(&self) -> bool {

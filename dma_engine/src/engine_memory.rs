@@ -14,7 +14,8 @@ pub trait EngineMemory: Send {
     /// Where the device sees it.
     fn iova(&self) -> IovaRange;
 
-    /// Reads at an offset in bytes. What the device has written before is seen.
+    /// Reads at an offset in bytes. What the device has written before is seen; of what it is writing
+    /// meanwhile, some bytes may be seen and others not yet, in any order.
     ///
     /// # Errors
     /// Where the bytes do not all lie within it, or cannot be accessed.

@@ -175,6 +175,14 @@ impl Mapping {
         self.file.as_ref()
     }
 
+    /// Asks the kernel to join pages to huge ones. A kernel that cannot leaves them as they are.
+    pub(crate) fn advise_huge_pages(&self) {
+        // SAFETY: the address and the size are those of this mapping, and the advice changes no
+        // byte of it.
+        let _advice =
+            unsafe { libc::madvise(self.as_ptr().cast(), self.size, libc::MADV_HUGEPAGE) };
+    }
+
     /// Where `length` bytes at `offset` lie, if all of them lie in the mapping.
     fn at(&self, offset: u64, length: usize) -> Result<*mut u8, HostMemoryError> {
         let out_of_bounds = || HostMemoryError::OutOfBounds {

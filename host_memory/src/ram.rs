@@ -27,6 +27,8 @@ pub struct Ram {
 enum Pages {
     /// A file with ordinary pages, read and written as a file.
     File(Arc<File>),
+    /// The same, of which the kernel is asked to join pages where it is mapped.
+    Transparent(Arc<File>),
     /// A file of huge pages, which cannot be written as a file. It stays mapped, which also keeps
     /// the pages reserved.
     Huge(Arc<File>, Arc<Mapping>),
@@ -70,6 +72,21 @@ impl Ram {
             size,
             pages: Pages::File(Arc::new(file)),
         })
+    }
+
+    /// Like [`memfd`](Self::memfd), of ordinary pages that the kernel is asked to join to huge ones
+    /// where they are mapped (`MADV_HUGEPAGE`). It does so as far as
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` lets it: with `advise`, `within_size` or
+    /// `always`.
+    ///
+    /// # Errors
+    /// As for [`memfd`](Self::memfd).
+    pub fn memfd_transparent(name: &CStr, size: u64) -> Result<Self, HostMemoryError> {
+        let mut ram = Self::memfd(name, size)?;
+        if let Pages::File(file) = ram.pages {
+            ram.pages = Pages::Transparent(file);
+        }
+        Ok(ram)
     }
 
     /// Like [`memfd`](Self::memfd), made of huge pages, which are reserved at once. `size` is a
@@ -174,7 +191,9 @@ impl Ram {
     #[must_use]
     pub fn file(&self) -> Option<BorrowedFd<'_>> {
         match &self.pages {
-            Pages::File(file) | Pages::Huge(file, _) => Some(file.as_fd()),
+            Pages::File(file) | Pages::Transparent(file) | Pages::Huge(file, _) => {
+                Some(file.as_fd())
+            }
             Pages::Anonymous(_) => None,
         }
     }
@@ -186,14 +205,13 @@ impl Ram {
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), HostMemoryError> {
         self.check_bounds(offset, data.len())?;
         match &self.pages {
-            Pages::File(file) => {
-                file.read_exact_at(data, offset)
-                    .map_err(|source| HostMemoryError::Kernel {
-                        call: "pread",
-                        size: data.len() as u64,
-                        source,
-                    })
-            }
+            Pages::File(file) | Pages::Transparent(file) => file
+                .read_exact_at(data, offset)
+                .map_err(|source| HostMemoryError::Kernel {
+                    call: "pread",
+                    size: data.len() as u64,
+                    source,
+                }),
             Pages::Huge(_, mapping) | Pages::Anonymous(mapping) => mapping.read(offset, data),
         }
     }
@@ -205,14 +223,13 @@ impl Ram {
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), HostMemoryError> {
         self.check_bounds(offset, data.len())?;
         match &self.pages {
-            Pages::File(file) => {
-                file.write_all_at(data, offset)
-                    .map_err(|source| HostMemoryError::Kernel {
-                        call: "pwrite",
-                        size: data.len() as u64,
-                        source,
-                    })
-            }
+            Pages::File(file) | Pages::Transparent(file) => file
+                .write_all_at(data, offset)
+                .map_err(|source| HostMemoryError::Kernel {
+                    call: "pwrite",
+                    size: data.len() as u64,
+                    source,
+                }),
             Pages::Huge(_, mapping) | Pages::Anonymous(mapping) => mapping.write(offset, data),
         }
     }
@@ -237,9 +254,14 @@ impl BackingObject for Ram {
 
     fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno> {
         match &self.pages {
-            Pages::File(file) => {
+            Pages::File(file) | Pages::Transparent(file) => {
                 match Mapping::of_file(file.clone(), 0, self.size, Access::ReadWrite) {
-                    Ok(mapping) => Ok(Box::new(mapping)),
+                    Ok(mapping) => {
+                        if matches!(self.pages, Pages::Transparent(_)) {
+                            mapping.advise_huge_pages();
+                        }
+                        Ok(Box::new(mapping))
+                    }
                     Err(error) => Err(error.errno()),
                 }
             }

@@ -1,9 +1,10 @@
 use super::*;
 
-fn both() -> [Ram; 2] {
+fn all() -> [Ram; 3] {
     let size = 4 * page_size();
     [
         Ram::memfd(c"test", size).unwrap(),
+        Ram::memfd_transparent(c"test", size).unwrap(),
         Ram::anonymous(size).unwrap(),
     ]
 }
@@ -16,7 +17,7 @@ fn mapped(ram: &Ram) -> Mapping {
 
 #[test]
 fn what_is_written_is_read() {
-    for ram in both() {
+    for ram in all() {
         let mut data = [0xff; 16];
         ram.read(5, &mut data).unwrap();
         assert_eq!(data, [0; 16], "fresh memory is zeroed");
@@ -43,7 +44,7 @@ fn the_file_and_its_mapping_show_the_same_bytes() {
 
 #[test]
 fn a_host_address_shows_the_memory() {
-    for ram in both() {
+    for ram in all() {
         ram.write(8, &0x1234_5678_9abc_def0u64.to_ne_bytes())
             .unwrap();
         let mapping = ram.map_host().unwrap();
@@ -58,7 +59,7 @@ fn a_host_address_shows_the_memory() {
 
 #[test]
 fn a_memfd_is_mapped_by_its_file_and_anonymous_memory_is_not() {
-    let [memfd, anonymous] = both();
+    let [memfd, _, anonymous] = all();
     let file = BackingObject::file(&memfd).unwrap();
     assert_eq!(file.offset, 0);
     let length = File::from(file.fd.try_clone_to_owned().unwrap());
@@ -179,7 +180,7 @@ fn sizes_that_memory_cannot_have() {
 
 #[test]
 fn bounds_are_kept() {
-    for ram in both() {
+    for ram in all() {
         let size = ram.size();
         for (offset, length) in [(size, 1), (size - 1, 2), (u64::MAX, 2)] {
             let mut data = vec![0; length];

@@ -6,6 +6,7 @@
 //! /lab/bin             the workspace's static programs; first on PATH
 //! /lab/modules         the kernel's modules, and `order`: their names, one a line
 //! /lab/files           the user's files, unless they are to be elsewhere
+//! /lab/guest           on request, what a guest in the machine boots from
 //! ```
 
 use std::collections::BTreeMap;
@@ -23,6 +24,14 @@ pub const PROGRAMS: &str = "/lab/bin";
 pub const MODULES: &str = "/lab/modules";
 /// The file beside the modules that lists them in the order of loading.
 pub const MODULE_ORDER: &str = "/lab/modules/order";
+
+/// Where a guest's kernel is: the nested machine's own, as a bzImage.
+pub const GUEST_KERNEL: &str = "/lab/guest/kernel";
+/// Where a guest's kernel is as an ELF file with a PVH entry, if the nested machine's own is there as
+/// one.
+pub const GUEST_ELF: &str = "/lab/guest/vmlinux";
+/// Where a guest's initramfs is, with the program `guest` as its PID 1 and nothing else.
+pub const GUEST_INITRD: &str = "/lab/guest/initrd";
 
 /// A file of this machine that the nested machine shall have.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,11 +155,7 @@ impl Initramfs {
         ] {
             new.insert(folder, Entry::Folder(permissions))?;
         }
-        // Before init has mounted anything, its standard streams need these two.
-        for (path, major, minor) in [("/dev/console", 5, 1), ("/dev/null", 1, 3)] {
-            new.insert(path, Entry::Device { major, minor })?;
-        }
-        new.add(init, "/init")?;
+        new.add_init(init)?;
         new.add(busybox, "/bin/busybox")?;
         new.insert("/bin/sh", Entry::Link("busybox"))?;
         new.text(
@@ -159,6 +164,41 @@ impl Initramfs {
         )?;
         new.text("/etc/group", "root:x:0:\nnogroup:x:65534:\n")?;
         Ok(new)
+    }
+
+    /// The initramfs of a guest in the machine: one program.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn of_guest(program: &Path) -> Result<Self, InitramfsError> {
+        let mut new = Self::default();
+        for folder in ["/dev", "/proc", "/sys"] {
+            new.insert(folder, Entry::Folder(0o755))?;
+        }
+        new.add_init(program)?;
+        Ok(new)
+    }
+
+    /// Adds PID 1's program, and what its standard streams need before it has mounted anything.
+    fn add_init(&mut self, init: &Path) -> Result<(), InitramfsError> {
+        for (path, major, minor) in [("/dev/console", 5, 1), ("/dev/null", 1, 3)] {
+            self.insert(path, Entry::Device { major, minor })?;
+        }
+        self.add(init, "/init")
+    }
+
+    /// Adds another initramfs, as a file.
+    ///
+    /// # Errors
+    /// When its path is taken.
+    pub fn nest(&mut self, inner: &Self, guest: &str) -> Result<(), InitramfsError> {
+        let mut content = Vec::new();
+        let written = inner.write_to(&mut content);
+        written.map_err(|source| InitramfsError::Write {
+            path: guest.into(),
+            source,
+        })?;
+        self.insert(guest, Entry::File(0o644, content))
     }
 
     /// Adds a file of this machine, executable for all.
@@ -206,27 +246,27 @@ impl Initramfs {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), InitramfsError> {
-        let write = || -> io::Result<()> {
-            let mut archive = Archive::new(io::BufWriter::new(fs::File::create(path)?));
-            // A parent sorts before its children, so folders come first.
-            for (guest, entry) in &self.entries {
-                match entry {
-                    Entry::Folder(permissions) => archive.folder(guest, *permissions)?,
-                    Entry::File(permissions, content) => {
-                        archive.file(guest, *permissions, content)?;
-                    }
-                    Entry::Link(target) => archive.link(guest, target)?,
-                    Entry::Device { major, minor } => {
-                        archive.character_device(guest, 0o600, *major, *minor)?;
-                    }
-                }
-            }
-            archive.finish().map(drop)
-        };
+        let write = || self.write_to(io::BufWriter::new(fs::File::create(path)?));
         write().map_err(|source| InitramfsError::Write {
             path: path.to_owned(),
             source,
         })
+    }
+
+    fn write_to(&self, out: impl io::Write) -> io::Result<()> {
+        let mut archive = Archive::new(out);
+        // A parent sorts before its children, so folders come first.
+        for (guest, entry) in &self.entries {
+            match entry {
+                Entry::Folder(permissions) => archive.folder(guest, *permissions)?,
+                Entry::File(permissions, content) => archive.file(guest, *permissions, content)?,
+                Entry::Link(target) => archive.link(guest, target)?,
+                Entry::Device { major, minor } => {
+                    archive.character_device(guest, 0o600, *major, *minor)?;
+                }
+            }
+        }
+        archive.finish().map(drop)
     }
 }
 
@@ -247,6 +287,23 @@ mod tests {
         for text in ["a:b", "a:/", "a:/b/", "a:/../b", "a:/b//c", "a:", "/", ".."] {
             assert!(GuestFile::parse(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn an_initramfs_is_a_file_in_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("program");
+        fs::write(&program, "a program").unwrap();
+        let inner = Initramfs::of_guest(&program).unwrap();
+        let mut outer = Initramfs::default();
+        outer.nest(&inner, GUEST_INITRD).unwrap();
+        let mut alone = Vec::new();
+        inner.write_to(&mut alone).unwrap();
+        let Some(Entry::File(_, nested)) = outer.entries.get(GUEST_INITRD) else {
+            panic!("{outer:?}");
+        };
+        assert_eq!(*nested, alone);
+        assert!(alone.windows(9).any(|bytes| bytes == b"a program"));
     }
 
     #[test]

@@ -19,6 +19,8 @@ use crate::package::{Package, PackageError};
 pub struct Kernel {
     /// The image.
     pub image: PathBuf,
+    /// The same kernel as an ELF file with a PVH entry, if there is one.
+    pub elf: Option<PathBuf>,
     /// Its modules, in the order of loading.
     pub modules: Vec<PathBuf>,
     /// What it is, for messages.
@@ -183,6 +185,7 @@ impl Kernel {
                 fs::File::open(path).map_err(absent)?;
                 Ok(Self {
                     image: std::path::absolute(path).map_err(absent)?,
+                    elf: None,
                     modules: vec![],
                     description: path.display().to_string(),
                 })

@@ -495,6 +495,14 @@ fn initramfs_of(parts: &Parts, spec: &Spec) -> Result<Initramfs, InitramfsError>
         let file = GuestFile::inside(initramfs::PROGRAMS, program)?;
         initramfs.add(program, &file.guest)?;
     }
+    if spec.guest {
+        initramfs.add(&parts.kernel.image, initramfs::GUEST_KERNEL)?;
+        if let Some(elf) = &parts.kernel.elf {
+            initramfs.add(elf, initramfs::GUEST_ELF)?;
+        }
+        let guest = Initramfs::of_guest(&parts.programs.guest)?;
+        initramfs.nest(&guest, initramfs::GUEST_INITRD)?;
+    }
     for file in &spec.files {
         initramfs.add(&file.host, &file.guest)?;
     }

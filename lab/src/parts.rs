@@ -14,7 +14,9 @@ use crate::shell;
 pub struct Programs {
     /// `lab_init`, PID 1.
     pub init: PathBuf,
-    /// Those on the nested machine's PATH.
+    /// `guest`, PID 1 of a guest in it.
+    pub guest: PathBuf,
+    /// Those on the nested machine's PATH, `guest` among them.
     pub others: Vec<PathBuf>,
 }
 

@@ -37,6 +37,8 @@ pub struct Shape {
     pub devices: &'static [&'static str],
     /// Options for the kernel's command line, behind the lab's own.
     pub kernel_options: &'static [&'static str],
+    /// Whether it is to hold what a guest boots from.
+    pub guest: bool,
 }
 
 /// Whether a scenario's machine may serve other scenarios too.
@@ -403,6 +405,7 @@ fn boot(parts: &Parts, shape: &Shape) -> Result<Machine, MachineError> {
         objects: owned(shape.objects),
         devices: owned(shape.devices),
         kernel_options: owned(shape.kernel_options),
+        guest: shape.guest,
         ..Spec::default()
     };
     let machine = Machine::boot(parts, &spec)?;
@@ -437,6 +440,7 @@ mod tests {
         objects: &[],
         devices: &[],
         kernel_options: &[],
+        guest: false,
     };
     static OTHER: Shape = Shape {
         name: "another",

@@ -69,6 +69,8 @@ pub struct Spec {
     pub objects: Vec<String>,
     /// QEMU `-device` values. Every PCI function but the chipset's, bridges and IOMMUs is bound to vfio-pci.
     pub devices: Vec<String>,
+    /// Whether it is to hold what a guest boots from, see [`GUEST_KERNEL`](crate::initramfs::GUEST_KERNEL).
+    pub guest: bool,
     /// Files for the nested machine.
     pub files: Vec<GuestFile>,
     /// Options for its kernel's command line, behind the lab's own.
@@ -93,6 +95,7 @@ impl Default for Spec {
             disks: vec![],
             objects: vec![],
             devices: vec![],
+            guest: false,
             files: vec![],
             kernel_options: vec![],
             memory: "2G".to_owned(),

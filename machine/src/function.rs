@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use assigned_pci::{AssignedFunction, BarIndex, Capability, CapabilityList, Outcome};
-use memory_map::{Gpa, RegionId};
+use assigned_pci::{AssignedFunction, BarIndex, Capability, CapabilityList, HostCall, Outcome};
+use memory_map::{Errno, Gpa, RegionId};
 
 use crate::notices::ErrorChain;
 use crate::{Access, Notices, pci};
@@ -53,9 +53,20 @@ impl Guests {
         Some((found.bar, found.offset))
     }
 
-    /// Makes it quiet, and what it was at power-on.
+    /// Makes it quiet: no DMA, no interrupts.
+    pub(crate) fn quiesce(&self) {
+        self.note(&self.function.quiesce());
+    }
+
+    /// Makes it what it was at power-on, as far as it can be reset.
     pub(crate) fn reset(&self) {
-        self.note(&self.function.reset());
+        let mut outcome = self.function.reset();
+        // Not every function has a reset, and there is nothing that anybody could do about it.
+        let none = Errno::new(libc::ENOTTY);
+        outcome
+            .host_errors
+            .retain(|error| !(error.call == HostCall::Reset && error.errno == none));
+        self.note(&outcome);
     }
 
     /// Looks again what of it the host has taken away.

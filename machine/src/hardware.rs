@@ -172,6 +172,10 @@ impl Hardware {
     /// Makes everything what it was at power-on, the functions first: bus mastering off, then
     /// reset, so that nothing writes to RAM any more. RAM keeps what is in it. No processor may run.
     pub fn reset(&self) {
+        // A function that is being reset could be written to by one that is not quiet yet.
+        for function in &self.functions {
+            function.quiesce();
+        }
         for function in &self.functions {
             function.reset();
         }

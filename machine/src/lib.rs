@@ -39,14 +39,18 @@ mod board;
 pub mod boot;
 mod chipset;
 mod function;
+mod guest_ram;
 mod hardware;
 pub mod kvm;
 pub mod layout;
+mod machine;
 mod notices;
 pub mod pci;
 pub mod platform;
 
 pub use board::{Access, Board};
 pub use chipset::{Chipset, Line, Request};
+pub use guest_ram::GuestRamError;
 pub use hardware::{Asked, Hardware, HardwareError};
+pub use machine::{Controls, Ended, Images, Machine, MachineError, Parts};
 pub use notices::Notices;

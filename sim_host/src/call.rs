@@ -29,6 +29,10 @@ pub enum Call {
     BarWrite,
     /// [`HostFunction::reset`](assigned_pci::HostFunction::reset).
     Reset,
+    /// [`HostFunction::connect_vectors`](assigned_pci::HostFunction::connect_vectors).
+    ConnectVectors,
+    /// [`HostFunction::disconnect_vectors`](assigned_pci::HostFunction::disconnect_vectors).
+    DisconnectVectors,
     /// [`BackingObject::map_host`](memory_map::BackingObject::map_host).
     MapHost,
     /// [`BackingObject::file`](memory_map::BackingObject::file) of a BAR, the first time.

@@ -14,6 +14,8 @@ const COMMAND_WRITABLE: u16 = COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | 0x0
 /// Where the capabilities lie that a specification asks for by name, before those of its list.
 const POWER_MANAGEMENT: usize = 0xc0;
 const EXPRESS: usize = 0xc8;
+const MSI: usize = 0x40;
+const MSIX: usize = 0xb0;
 const ADVANCED_FEATURES: usize = 0xf4;
 /// From power management to PMCSR.
 const PMCSR: usize = 4;
@@ -105,7 +107,6 @@ impl ConfigSpace {
             config.lay(usize::from(*offset), bytes);
         }
         config.permit(INTERRUPT_LINE, &[0xff]);
-        config.permit_msi();
         config.lay_named(spec);
         for (index, bar) in spec.bars.iter().enumerate() {
             let (Some(bar), Some(address)) = (bar, addresses.get(index)) else {
@@ -201,6 +202,24 @@ impl ConfigSpace {
             let has_list = config.byte(0x06) | 0x10;
             config.lay(0x06, &[has_list]);
         };
+        if let Some(msi) = spec.msi {
+            let vectors = msi.vectors.checked_ilog2().unwrap_or(0) << 1;
+            let low = u8::try_from(vectors | 0x80).unwrap_or(0x80);
+            head(self, MSI, &[0x05, 0, low, u8::from(msi.maskable)]);
+            // Address, data and masks. Control is the kernel's, which enables it by the ioctl alone.
+            self.permit(MSI + 4, &[0xff; 10]);
+            if msi.maskable {
+                self.permit(MSI + 16, &[0xff; 4]);
+            }
+        }
+        if let Some(msix) = spec.msix {
+            let [low, high] = msix.vectors.saturating_sub(1).to_le_bytes();
+            let bar = u32::from(msix.bar.get());
+            let [table, pending] = [msix.table | bar, msix.pending_bits | bar];
+            head(self, MSIX, &[0x11, 0, low, high]);
+            self.lay(MSIX + 4, &table.to_le_bytes());
+            self.lay(MSIX + 8, &pending.to_le_bytes());
+        }
         if spec.advanced_flr {
             // Six bytes; transactions pending and function-level reset.
             head(self, ADVANCED_FEATURES, &[0x13, 0, 6, 3]);
@@ -229,19 +248,6 @@ impl ConfigSpace {
     fn permit(&mut self, offset: usize, mask: &[u8]) {
         for (slot, byte) in self.writable.iter_mut().skip(offset).zip(mask) {
             *slot = *byte;
-        }
-    }
-
-    /// Lets an MSI capability at the head of the list be written: enable, the number of vectors,
-    /// address and data.
-    fn permit_msi(&mut self) {
-        let Some(at) = self.bytes.get(CAPABILITY_POINTER).copied().map(usize::from) else {
-            return;
-        };
-        if self.bytes.get(at) == Some(&0x05) {
-            let mut mask = [0xff; 14];
-            mask[..4].copy_from_slice(&[0, 0, 0x71, 0]);
-            self.permit(at, &mask);
         }
     }
 

@@ -1,7 +1,7 @@
 //! A DMA engine, modelled on QEMU's edu (`docs/specs/edu.rst` there).
 //!
-//! Unlike QEMU's, its DMA happens at once instead of after 100 ms, it computes no factorials, it
-//! raises no interrupts, and a buffer address that is out of range is refused instead of crashing
+//! Unlike QEMU's, its DMA happens at once instead of after 100 ms, it computes no factorials, its
+//! interrupts are MSI's alone, and a buffer address that is out of range is refused instead of crashing
 //! the machine.
 
 use std::fmt;
@@ -15,6 +15,7 @@ use crate::host::HostInner;
 use crate::log::BusErrorCause;
 use crate::page::PAGE_LEN;
 use crate::physical::Registers;
+use crate::vectors::Vectors;
 
 /// Size of the registers' BAR.
 pub(crate) const BAR_SIZE: u64 = 0x10_0000;
@@ -24,11 +25,15 @@ const IDENTIFICATION: u64 = 0x0100_00ed;
 const BUFFER: u64 = 0x4_0000;
 const RUN: u64 = 1;
 const TO_BUS: u64 = 1 << 1;
+const INTERRUPT: u64 = 1 << 2;
+/// What the interrupt status says after a transfer.
+const TRANSFERRED: u32 = 0x100;
 
 /// The register file.
 #[derive(Clone)]
 struct State {
     liveness: u32,
+    interrupts: u32,
     source: u64,
     destination: u64,
     count: u64,
@@ -40,6 +45,7 @@ impl Default for State {
     fn default() -> Self {
         Self {
             liveness: 0,
+            interrupts: 0,
             source: 0,
             destination: 0,
             count: 0,
@@ -54,16 +60,23 @@ pub(crate) struct Edu {
     host: Weak<HostInner>,
     function: Arc<str>,
     gate: Arc<Gate>,
+    vectors: Arc<Vectors>,
     /// Never held while DMA is under way: that may come back to these registers.
     state: Mutex<State>,
 }
 
 impl Edu {
-    pub fn new(host: Weak<HostInner>, function: Arc<str>, gate: Arc<Gate>) -> Self {
+    pub fn new(
+        host: Weak<HostInner>,
+        function: Arc<str>,
+        gate: Arc<Gate>,
+        vectors: Arc<Vectors>,
+    ) -> Self {
         Self {
             host,
             function,
             gate,
+            vectors,
             state: Mutex::default(),
         }
     }
@@ -73,7 +86,8 @@ impl Edu {
         match (offset, len) {
             (0x00, 4) => IDENTIFICATION,
             (0x04, 4) => state.liveness.into(),
-            (0x20 | 0x24, 4) => 0,
+            (0x20, 4) => 0,
+            (0x24, 4) => state.interrupts.into(),
             (0x80, 4 | 8) => state.source,
             (0x88, 4 | 8) => state.destination,
             (0x90, 4 | 8) => state.count,
@@ -89,6 +103,13 @@ impl Edu {
             (0x04, 4) => {
                 state.liveness = u32::try_from(!value & u64::from(u32::MAX)).unwrap_or(0);
             }
+            (0x60, 4) => {
+                drop(state);
+                self.raise(u32::try_from(value & u64::from(u32::MAX)).unwrap_or(0));
+            }
+            (0x64, 4) => {
+                state.interrupts &= !u32::try_from(value & u64::from(u32::MAX)).unwrap_or(0);
+            }
             (0x80, 4 | 8) if !busy => state.source = value,
             (0x88, 4 | 8) if !busy => state.destination = value,
             (0x90, 4 | 8) if !busy => state.count = value,
@@ -98,6 +119,16 @@ impl Edu {
                 self.transfer();
             }
             _ => {}
+        }
+    }
+
+    /// Says why in the interrupt status, and raises an interrupt, if it says anything.
+    fn raise(&self, why: u32) {
+        let mut state = self.state.lock();
+        state.interrupts |= why;
+        if state.interrupts != 0 {
+            drop(state);
+            self.vectors.raise(0);
         }
     }
 
@@ -144,6 +175,10 @@ impl Edu {
             state.buffer = buffer;
         }
         state.command &= !RUN;
+        drop(state);
+        if command & INTERRUPT != 0 {
+            self.raise(TRANSFERRED);
+        }
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use assigned_pci::{BarIndex, HostBar, HostBarArea, HostFunction};
+use assigned_pci::{BarIndex, HostBar, HostBarArea, HostFunction, HostVectors, MsiKind};
 use libc::{EEXIST, EINVAL, EIO, ENOSPC, ENOTTY};
 use memory_map::{Backing, Iova};
 use parking_lot::Mutex;
@@ -24,6 +26,7 @@ use crate::physical::{BarOwner, PhysicalObject, Storage};
 use crate::reset::ResetMethod;
 use crate::revocations::{RevocationCause, Revocations};
 use crate::sparse::SparseMemory;
+use crate::vectors::Vectors;
 use crate::{BarKind, FunctionSpec, GroupId, SimBar, SimHost};
 
 /// Where the host puts the I/O BARs; nothing is behind these addresses.
@@ -51,6 +54,9 @@ pub struct SimFunction {
     pub(crate) bars: [Option<Behind>; 6],
     pub(crate) reset_method: ResetMethod,
     pub(crate) revocations: Revocations,
+    vectors: Arc<Vectors>,
+    /// MSI-X's table, in its BAR.
+    table: Option<(BarIndex, Range<u64>)>,
     split_wide: bool,
 }
 
@@ -60,6 +66,7 @@ impl SimFunction {
         let name: Arc<str> = spec.name.as_str().into();
         let gate = Arc::new(Gate::new(spec.command).of_virtual_function(spec.is_virtual));
         gate.set_gone(spec.gone);
+        let vectors = Arc::new(Vectors::new(&spec, Arc::clone(&gate)));
         let mut state = host.0.state.write();
         if state.functions.contains_key(&name) {
             return refused(EEXIST);
@@ -89,11 +96,14 @@ impl SimFunction {
             let storage = match &spec.model {
                 Model::Edu if index.get() == 0 => {
                     let (host, name, gate) = who();
-                    Storage::Registers(Arc::new(Edu::new(host, name, gate)))
+                    let vectors = Arc::clone(&vectors);
+                    Storage::Registers(Arc::new(Edu::new(host, name, gate, vectors)))
                 }
                 Model::Nvme(nvme) if index.get() == 0 => {
                     let (host, name, gate) = who();
-                    Storage::Registers(Arc::new(Nvme::new(nvme.clone(), host, name, gate)))
+                    let vectors = Arc::clone(&vectors);
+                    let nvme = Nvme::new(nvme.clone(), (host, name, gate), vectors);
+                    Storage::Registers(Arc::new(nvme))
                 }
                 _ => Storage::Memory(SparseMemory::new(bar.size)),
             };
@@ -133,6 +143,12 @@ impl SimFunction {
             bars,
             reset_method: spec.reset,
             revocations: Revocations::default(),
+            vectors,
+            table: spec.msix.map(|msix| {
+                let start = u64::from(msix.table);
+                let size = u64::from(msix.vectors).saturating_mul(16);
+                (msix.bar, start..start.saturating_add(size))
+            }),
             split_wide: spec.split_wide,
         }))
     }
@@ -167,6 +183,24 @@ impl SimFunction {
     pub fn set_gone(&self, gone: bool) {
         let _no_dma = self.host.0.state.write();
         self.gate.set_gone(gone);
+    }
+
+    /// Raises an interrupt vector of the kind that is enabled, as a device does without regard to
+    /// who listens, and tells whether anybody was signalled. Without bus mastering nothing is.
+    pub fn raise(&self, vector: u16) -> bool {
+        self.vectors.raise(vector)
+    }
+
+    /// The kind of interrupts that is enabled, and which of its vectors are connected to somebody.
+    #[must_use]
+    pub fn connected_vectors(&self) -> Option<(MsiKind, Vec<u16>)> {
+        self.vectors.connected()
+    }
+
+    /// Whether an access to a BAR is one to MSI-X's table, for which vfio-pci answers.
+    fn is_in_table(&self, bar: BarIndex, offset: u64) -> bool {
+        let table = self.table.as_ref();
+        table.is_some_and(|(of, table)| *of == bar && table.contains(&offset))
     }
 
     /// Issues a DMA read, as any function may that masters the bus: straight at the IOMMU, for
@@ -344,7 +378,7 @@ impl HostFunction for SimFunction {
     fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
         self.host.call(Call::BarRead, &self.name, None, || {
             let object = self.accessible(bar, offset, data.len())?;
-            if self.gate.is_gone() {
+            if self.gate.is_gone() || self.is_in_table(bar, offset) {
                 data.fill(0xff);
                 return Ok(());
             }
@@ -359,7 +393,7 @@ impl HostFunction for SimFunction {
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) -> io::Result<()> {
         self.host.call(Call::BarWrite, &self.name, None, || {
             let object = self.accessible(bar, offset, data.len())?;
-            if self.gate.is_gone() {
+            if self.gate.is_gone() || self.is_in_table(bar, offset) {
                 return Ok(());
             }
             let stride = self.stride(data.len());
@@ -388,6 +422,28 @@ impl HostFunction for SimFunction {
 
     fn is_virtual(&self) -> bool {
         self.gate.is_virtual()
+    }
+
+    fn vectors(&self, kind: MsiKind) -> io::Result<HostVectors> {
+        Ok(self.vectors.lent(kind))
+    }
+
+    fn connect_vectors(
+        &self,
+        kind: MsiKind,
+        first: u16,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> io::Result<()> {
+        self.host.call(Call::ConnectVectors, &self.name, None, || {
+            self.vectors.connect(kind, first, eventfds)
+        })
+    }
+
+    fn disconnect_vectors(&self, kind: MsiKind) -> io::Result<()> {
+        self.host
+            .call(Call::DisconnectVectors, &self.name, None, || {
+                self.vectors.disconnect(kind)
+            })
     }
 }
 

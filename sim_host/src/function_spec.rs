@@ -96,6 +96,22 @@ pub enum PowerManagement {
     SoftReset,
 }
 
+/// An MSI capability to be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MsiSpec {
+    pub(crate) vectors: u16,
+    pub(crate) maskable: bool,
+}
+
+/// An MSI-X capability to be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MsixSpec {
+    pub(crate) vectors: u16,
+    pub(crate) bar: BarIndex,
+    pub(crate) table: u32,
+    pub(crate) pending_bits: u32,
+}
+
 /// A function to be plugged in.
 #[derive(Debug, Clone)]
 pub struct FunctionSpec {
@@ -113,6 +129,10 @@ pub struct FunctionSpec {
     pub(crate) power_management: Option<PowerManagement>,
     pub(crate) express_flr: bool,
     pub(crate) advanced_flr: bool,
+    pub(crate) msi: Option<MsiSpec>,
+    pub(crate) msix: Option<MsixSpec>,
+    pub(crate) fixed_vectors: bool,
+    pub(crate) host_vectors: u16,
     pub(crate) is_virtual: bool,
     pub(crate) gone: bool,
     pub(crate) split_wide: bool,
@@ -142,6 +162,10 @@ impl FunctionSpec {
             power_management: None,
             express_flr: false,
             advanced_flr: false,
+            msi: None,
+            msix: None,
+            fixed_vectors: false,
+            host_vectors: u16::MAX,
             is_virtual: false,
             gone: false,
             split_wide: false,
@@ -154,7 +178,7 @@ impl FunctionSpec {
     pub fn edu(name: impl Into<String>) -> Self {
         let mut spec = Self::new(name, 0x1234, 0x11e8)
             .with_bar(BarIndex::ALL[0], BarSpec::new(BarKind::Memory32, 0x10_0000))
-            .with_capability_list(CAPABILITIES, msi(0));
+            .with_msi(1, false);
         spec.model = Model::Edu;
         spec
     }
@@ -174,13 +198,13 @@ impl FunctionSpec {
     }
 
     /// An NVMe controller with this disk as its first namespace, modelled on QEMU's: BAR0 is 16
-    /// KiB of registers, 64-bit and not prefetchable.
+    /// KiB of registers, 64-bit and not prefetchable, with an MSI-X table in its second half.
     #[must_use]
     pub fn nvme(name: impl Into<String>, disk: SimDisk) -> Self {
-        let mut spec = Self::new(name, 0x1b36, 0x0010).with_bar(
-            BarIndex::ALL[0],
-            BarSpec::new(BarKind::Memory64, nvme::BAR_SIZE),
-        );
+        let registers = BarSpec::new(BarKind::Memory64, nvme::BAR_SIZE);
+        let mut spec = Self::new(name, 0x1b36, 0x0010)
+            .with_bar(BarIndex::ALL[0], registers)
+            .with_msix(nvme::VECTORS, BarIndex::ALL[0], 0x2000, 0x3000);
         spec.class = 0x01_0802;
         spec.model = Model::Nvme(NvmeSpec {
             disk,
@@ -237,7 +261,7 @@ impl FunctionSpec {
     }
 
     /// Bytes of config space, laid over everything but the command register and the BARs. They
-    /// are read-only, except in an MSI capability. What lies past the end is left out.
+    /// are read-only. What lies past the end is left out.
     #[must_use]
     pub fn with_config_bytes(mut self, offset: u16, bytes: impl Into<Vec<u8>>) -> Self {
         self.raw.push((offset, bytes.into()));
@@ -327,6 +351,42 @@ impl FunctionSpec {
     pub fn with_advanced_flr(mut self) -> Self {
         self.advanced_flr = true;
         self.works()
+    }
+
+    /// An MSI capability with 64-bit addresses and so many vectors, a power of two up to 32; with
+    /// or without masks. It lies at 0x40.
+    #[must_use]
+    pub fn with_msi(mut self, vectors: u16, maskable: bool) -> Self {
+        self.msi = Some(MsiSpec { vectors, maskable });
+        self
+    }
+
+    /// An MSI-X capability with so many vectors, 1 to 2048, whose table and pending bits lie at
+    /// these offsets of a BAR, multiples of eight. vfio-pci answers for the table: it reads all
+    /// ones, and what is written there is lost.
+    #[must_use]
+    pub fn with_msix(mut self, vectors: u16, bar: BarIndex, table: u32, pending_bits: u32) -> Self {
+        self.msix = Some(MsixSpec {
+            vectors,
+            bar,
+            table,
+            pending_bits,
+        });
+        self
+    }
+
+    /// A kernel that cannot add MSI-X vectors to those that are enabled, as before Linux 6.5.
+    #[must_use]
+    pub fn with_fixed_vectors(mut self) -> Self {
+        self.fixed_vectors = true;
+        self
+    }
+
+    /// A host that has only so many interrupt vectors left.
+    #[must_use]
+    pub fn with_host_vectors(mut self, left: u16) -> Self {
+        self.host_vectors = left;
+        self
     }
 
     /// A virtual function: it decodes memory whatever its command register says, whose memory bit

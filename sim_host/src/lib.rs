@@ -62,6 +62,7 @@ mod reset;
 mod revocations;
 mod sparse;
 mod translation;
+mod vectors;
 
 pub use bar::{SimBar, SimBarArea};
 pub use call::{Call, CallPoint, CallRecord};

@@ -1,7 +1,8 @@
 //! An NVMe controller, modelled on QEMU's: an admin queue pair, one I/O queue pair, a disk in
 //! memory, and a controller memory buffer in BAR2 if it is asked for.
 //!
-//! Unlike QEMU's, commands are done at once, when the doorbell rings; there are no interrupts; its
+//! Unlike QEMU's, commands are done at once, when the doorbell rings; its interrupts are MSI-X's
+//! alone, and each completion raises one; its
 //! own memory buffer holds no queues and no commands' data; and a transfer that the IOMMU blocks
 //! ends with Data Transfer Error, which QEMU's does not notice. Section numbers are those of NVM
 //! Express 1.4.
@@ -18,9 +19,12 @@ use crate::log::BusErrorCause;
 use crate::nvme_spec::{NvmeFlaw, NvmeSpec};
 use crate::page::PAGE;
 use crate::physical::Registers;
+use crate::vectors::Vectors;
 
 /// Size of the registers' BAR.
 pub(crate) const BAR_SIZE: u64 = 0x4000;
+/// How many interrupt vectors it has.
+pub(crate) const VECTORS: u16 = 4;
 const COMMAND_SIZE: u64 = 64;
 const COMPLETION_SIZE: u64 = 16;
 /// How many entries an I/O queue has at the most.
@@ -50,6 +54,8 @@ struct Queue {
     command_entries: u32,
     completions: u64,
     completion_entries: u32,
+    /// The interrupt vector that completions raise, if they raise one.
+    vector: Option<u16>,
     /// Of the submission queue.
     head: u32,
     tail: u32,
@@ -79,6 +85,7 @@ pub(crate) struct Nvme {
     host: Weak<HostInner>,
     function: Arc<str>,
     gate: Arc<Gate>,
+    vectors: Arc<Vectors>,
     /// Never held while DMA is under way: that may come back to these registers.
     state: Mutex<State>,
 }
@@ -106,12 +113,17 @@ impl Command {
 }
 
 impl Nvme {
-    pub fn new(spec: NvmeSpec, host: Weak<HostInner>, function: Arc<str>, gate: Arc<Gate>) -> Self {
+    pub fn new(
+        spec: NvmeSpec,
+        (host, function, gate): (Weak<HostInner>, Arc<str>, Arc<Gate>),
+        vectors: Arc<Vectors>,
+    ) -> Self {
         Self {
             spec,
             host,
             function,
             gate,
+            vectors,
             state: Mutex::default(),
         }
     }
@@ -228,6 +240,7 @@ impl Nvme {
                     command_entries: (state.admin_sizes & 0xfff) + 1,
                     completions: state.admin_completions,
                     completion_entries: (state.admin_sizes >> 16) + 1,
+                    vector: Some(0),
                     ..Queue::default()
                 };
                 state.status = READY;
@@ -272,7 +285,7 @@ impl Nvme {
 
     /// Writes a completion (section 4.6).
     fn complete(&self, number: usize, command: &Command, head: u32, status: u16) {
-        let (at, turned) = {
+        let (at, turned, vector) = {
             let mut state = self.state.lock();
             let Some(queue) = state.queues.get_mut(number) else {
                 return;
@@ -282,7 +295,7 @@ impl Nvme {
             let turned = queue.turned;
             queue.completion_tail = (queue.completion_tail + 1) % queue.completion_entries.max(1);
             queue.turned ^= queue.completion_tail == 0;
-            (at, turned)
+            (at, turned, queue.vector)
         };
         let mut identifier = command.identifier();
         if self.has(NvmeFlaw::WrongIdentifier) {
@@ -296,6 +309,8 @@ impl Nvme {
         entry[8..].copy_from_slice(&[head_low, head_high, queue, 0, id_low, id_high, low, high]);
         if !self.put(at, &entry) {
             self.fail();
+        } else if let Some(vector) = vector {
+            self.vectors.raise(vector);
         }
     }
 
@@ -320,6 +335,9 @@ impl Nvme {
             0x05 => {
                 queue.completions = command.wide(6);
                 queue.completion_entries = entries;
+                // Interrupts enabled, and the vector (section 5.3).
+                let [flags, _, low, high] = command.word(11).to_le_bytes();
+                queue.vector = (flags & 2 != 0).then(|| u16::from_le_bytes([low, high]));
                 SUCCESS
             }
             0x01 if queue.completion_entries == 0 => INVALID_QUEUE_IDENTIFIER,

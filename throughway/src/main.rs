@@ -6,6 +6,7 @@ mod map_table;
 mod p2p;
 mod pattern;
 mod ram;
+mod run;
 
 use std::process::ExitCode;
 
@@ -23,20 +24,30 @@ struct CommandLine {
 enum Command {
     Demo(demo::DemoArgs),
     P2p(p2p::P2pArgs),
+    Run(run::RunArgs),
 }
 
 fn main() -> ExitCode {
     let outcome = match CommandLine::parse().command {
-        Command::Demo(args) => demo::run(&args),
-        Command::P2p(args) => p2p::run(&args),
+        Command::Demo(args) => demo::run(&args).map(status),
+        Command::P2p(args) => p2p::run(&args).map(status),
+        Command::Run(args) => run::run(&args),
     };
     match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+        Ok(status) => status,
         Err(error) => {
             eprintln!("throughway: {error:#}");
             ExitCode::from(2)
         }
+    }
+}
+
+/// The status that tells whether all was as it should be.
+fn status(ok: bool) -> ExitCode {
+    if ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
 

@@ -157,11 +157,12 @@ pub(crate) fn device_get_irq_info(
     checked(result).map(drop)
 }
 
-/// `VFIO_DEVICE_SET_IRQS`.
-pub(crate) fn device_set_irqs(device: BorrowedFd<'_>, set: &IrqSet<'_>) -> io::Result<()> {
+/// `VFIO_DEVICE_SET_IRQS`. Returns what the ioctl did: where it is no zero, so many vectors could
+/// have been had, and none is enabled.
+pub(crate) fn device_set_irqs(device: BorrowedFd<'_>, set: &IrqSet<'_>) -> io::Result<libc::c_int> {
     // SAFETY: the kernel reads `argsz` bytes, which is the length of the bytes that `set` holds,
     // and takes its own references to the eventfds, which `set` keeps borrowed.
-    checked(unsafe { libc::ioctl(device.as_raw_fd(), DEVICE_SET_IRQS, set.as_ptr()) }).map(drop)
+    checked(unsafe { libc::ioctl(device.as_raw_fd(), DEVICE_SET_IRQS, set.as_ptr()) })
 }
 
 /// `VFIO_DEVICE_RESET`.

@@ -32,7 +32,9 @@ impl IrqIndex {
     pub const MSIX: Self = Self(VFIO_PCI_MSIX_IRQ_INDEX);
     /// An uncorrectable error was reported (AER).
     pub const ERROR: Self = Self(VFIO_PCI_ERR_IRQ_INDEX);
-    /// The host wants the device back.
+    /// The host wants the device back: it is unbound from its driver, or pulled out. That waits
+    /// until the device's file, all mappings and all dma-bufs of it are closed. It is signalled
+    /// every ten seconds until then. (Linux 4.0)
     pub const REQUEST: Self = Self(VFIO_PCI_REQ_IRQ_INDEX);
 }
 
@@ -186,7 +188,9 @@ impl Device {
     ///
     /// # Errors
     /// The kernel's errno: `EINVAL` for interrupts that do not exist, or for an action that they
-    /// do not support or that does not suit their state.
+    /// do not support or that does not suit their state. `ENOSPC` where the host has fewer MSI or
+    /// MSI-X vectors left than are to be enabled; none is then (the ioctl returns how many there
+    /// are, which is no error of its own).
     pub fn set_irqs(
         &self,
         index: IrqIndex,
@@ -196,7 +200,10 @@ impl Device {
     ) -> io::Result<()> {
         let set = IrqSet::new(index, action, start, data)
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
-        ioctls::device_set_irqs(self.fd(), &set)
+        match ioctls::device_set_irqs(self.fd(), &set)? {
+            0 => Ok(()),
+            _fewer => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+        }
     }
 
     /// Has the device's interrupts from `start` on signalled by eventfd, and thereby enables

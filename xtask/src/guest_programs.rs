@@ -15,9 +15,11 @@ use crate::workspace;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// The packages whose programs go into the nested machine.
-const PACKAGES: [&str; 3] = ["throughway", "contract", "lab"];
+const PACKAGES: [&str; 4] = ["throughway", "contract", "guest", "lab"];
 /// PID 1's program.
 const INIT: &str = "lab_init";
+/// PID 1's program of a guest in the nested machine.
+const GUEST: &str = "guest";
 
 /// Builds them.
 pub fn build() -> anyhow::Result<Programs> {
@@ -50,18 +52,26 @@ pub fn build() -> anyhow::Result<Programs> {
         "building the nested machine's programs failed ({})",
         output.status
     );
-    let mut init = None;
+    let (mut init, mut guest) = (None, None);
     let mut others = Vec::new();
     for (name, path) in executables(&String::from_utf8_lossy(&output.stdout)) {
-        if name == INIT {
-            init = Some(path);
-        } else {
-            others.push(path);
+        match name.as_str() {
+            INIT => {
+                init = Some(path);
+                continue;
+            }
+            GUEST => guest = Some(path.clone()),
+            _ => {}
         }
+        others.push(path);
     }
-    match init {
-        Some(init) => Ok(Programs { init, others }),
-        None => bail!("cargo built no {INIT}"),
+    match (init, guest) {
+        (Some(init), Some(guest)) => Ok(Programs {
+            init,
+            guest,
+            others,
+        }),
+        _ => bail!("cargo built no {INIT} or no {GUEST}"),
     }
 }
 

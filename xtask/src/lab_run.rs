@@ -22,6 +22,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         kernel_options: args.kernel_options.clone(),
         objects: args.objects.clone(),
         devices: args.devices.clone(),
+        guest: args.guest,
         files: guest_files(&args.files)?,
         memory: args.memory.clone(),
         keep_logs: args.keep_logs,

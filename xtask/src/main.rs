@@ -93,6 +93,11 @@ struct RunArgs {
     /// An option for the kernel's command line. May be repeated.
     #[arg(long = "kernel-option", value_name = "OPTION")]
     kernel_options: Vec<String>,
+    /// Put there what a guest in the nested machine boots from: /lab/guest/kernel (the same kernel),
+    /// /lab/guest/vmlinux (it again as an ELF file, of the kernel that the lab builds) and
+    /// /lab/guest/initrd (the program `guest`).
+    #[arg(long)]
+    guest: bool,
     /// A file for the nested machine; at /lab/files under its own name unless GUEST, an absolute
     /// path, says otherwise. May be repeated.
     #[arg(long = "file", value_name = "HOST[:GUEST]")]

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,8 +15,10 @@ use parking_lot::Mutex;
 
 use crate::{
     AssignedFunction, BarIndex, CutOffSwitch, FunctionError, FunctionOptions, HostBar, HostBarArea,
-    HostFunction, Outcome,
+    HostFunction, HostVectors, MsiController, MsiKind, Outcome,
 };
+
+use super::fake_interrupts::FakeVectors;
 
 pub(super) const EIO: i32 = 5;
 pub(super) const ENOTTY: i32 = 25;
@@ -40,6 +43,9 @@ pub(super) enum Event {
     BarWrite(u64, usize),
     Map(u64),
     Unmap(u64),
+    /// From this vector on, with these eventfds.
+    Connect(MsiKind, u16, Vec<bool>),
+    Disconnect(MsiKind),
 }
 
 pub(super) type Log = Arc<Mutex<Vec<Event>>>;
@@ -107,6 +113,7 @@ pub(super) struct FakeHost {
     pub(super) bars: [Option<HostBar>; 6],
     pub(super) refuse: Mutex<Refusals>,
     pub(super) is_virtual: bool,
+    pub(super) vectors: FakeVectors,
     /// The command register as it was when the function went to sleep, to be restored.
     saved: Mutex<Option<[u8; 2]>>,
     pub(super) probe: Probe,
@@ -123,6 +130,7 @@ impl FakeHost {
             bars: Default::default(),
             refuse: Mutex::default(),
             is_virtual: false,
+            vectors: FakeVectors::default(),
             saved: Mutex::default(),
             probe: Probe::default(),
         }
@@ -320,6 +328,26 @@ impl HostFunction for FakeHost {
     fn is_virtual(&self) -> bool {
         self.is_virtual
     }
+
+    fn vectors(&self, kind: MsiKind) -> io::Result<HostVectors> {
+        Ok(self.vectors.lent(kind))
+    }
+
+    fn connect_vectors(
+        &self,
+        kind: MsiKind,
+        first: u16,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> io::Result<()> {
+        let fds = eventfds.iter().map(Option::is_some).collect();
+        self.log.lock().push(Event::Connect(kind, first, fds));
+        self.vectors.connect(kind, first, eventfds)
+    }
+
+    fn disconnect_vectors(&self, kind: MsiKind) -> io::Result<()> {
+        self.log.lock().push(Event::Disconnect(kind));
+        self.vectors.disconnect(kind)
+    }
 }
 
 /// What a target holds: start to size.
@@ -391,6 +419,14 @@ pub(super) struct Bench {
 impl Bench {
     /// The log begins empty.
     pub(super) fn new(host: FakeHost) -> Self {
+        Self::with_interrupts(host, None)
+    }
+
+    /// With something that delivers its interrupts.
+    pub(super) fn with_interrupts(
+        host: FakeHost,
+        interrupts: Option<Arc<dyn MsiController>>,
+    ) -> Self {
         let host = Arc::new(host);
         let map = RegionManager::new();
         let mapped = Mapped::default();
@@ -405,7 +441,10 @@ impl Bench {
         let mut options = TargetOptions::new("recorder");
         options.cut_off = Some(switch.clone());
         let target = map.register(Box::new(recorder), options).unwrap();
-        let options = FunctionOptions::default();
+        let options = FunctionOptions {
+            interrupts,
+            ..FunctionOptions::default()
+        };
         let function = AssignedFunction::new(host.clone(), map.clone(), &options).unwrap();
         let function = Arc::new(function);
         switch.add(&function);

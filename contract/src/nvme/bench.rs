@@ -18,7 +18,7 @@ use crate::Complaint;
 pub(crate) const RAM: Iova = Iova::new(0x10_0000);
 pub(crate) const RAM_SIZE: u64 = 0x20_0000;
 /// What is lent to the driver: the end of RAM.
-const LENT: u64 = RAM_SIZE - Nvme::MEMORY;
+pub(crate) const LENT: u64 = RAM_SIZE - Nvme::MEMORY;
 /// Where the peer's BAR lies, and the controller's memory buffer. Each has room for 256 MiB.
 pub(crate) const BAR: Iova = Iova::new(0x4000_0000);
 pub(crate) const BUFFER: Iova = Iova::new(0x5000_0000);
@@ -75,7 +75,7 @@ pub trait NvmeHost {
     fn parts(&self) -> io::Result<Parts>;
 }
 
-struct Lent(Arc<dyn RamAccess>, IovaRange);
+pub(crate) struct Lent(pub Arc<dyn RamAccess>, pub IovaRange);
 
 impl EngineMemory for Lent {
     fn iova(&self) -> IovaRange {
@@ -109,6 +109,7 @@ pub struct Bench {
     /// See [`Parts::time_limit`].
     pub(crate) time_limit: Duration,
     function: Arc<dyn HostFunction>,
+    engine_function: Option<Arc<dyn HostFunction>>,
     access: Arc<dyn RamAccess>,
     bar: Mapped,
     ram: RegionId,
@@ -126,7 +127,7 @@ impl fmt::Debug for Bench {
     }
 }
 
-fn broken(error: &(dyn std::error::Error + 'static)) -> io::Error {
+pub(crate) fn broken(error: &(dyn std::error::Error + 'static)) -> io::Error {
     crate::real::told(error)
 }
 
@@ -175,7 +176,7 @@ fn add_bar(
 }
 
 /// The first BAR with a part at its start that can be mapped and is large enough.
-fn memory_bar(function: &Arc<dyn HostFunction>) -> io::Result<BarIndex> {
+pub(crate) fn memory_bar(function: &Arc<dyn HostFunction>) -> io::Result<BarIndex> {
     for index in BarIndex::ALL {
         let areas = function.bar(index)?.map(|bar| bar.areas);
         let mut areas = areas.into_iter().flatten();
@@ -210,6 +211,7 @@ impl Bench {
             time_limit: parts.time_limit,
             engine: parts.engine.as_ref().and_then(find_engine),
             function: parts.nvme,
+            engine_function: parts.engine,
             access: parts.access,
             bar,
             ram,
@@ -228,6 +230,11 @@ impl Bench {
     /// The controller.
     pub(crate) fn function(&self) -> Arc<dyn HostFunction> {
         Arc::clone(&self.function)
+    }
+
+    /// The other engine's function.
+    pub(crate) fn engine_function(&self) -> Option<Arc<dyn HostFunction>> {
+        self.engine_function.clone()
     }
 
     /// Reads RAM.

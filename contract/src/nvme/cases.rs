@@ -2,7 +2,17 @@
 
 use dma_engine::{DmaEngine, EngineError, NvmeEngine, NvmeError, ScratchBlocks};
 
-use super::bench::{BAR, Bench, NvmeHost, RAM};
+use super::bench::{BAR, Bench, NvmeHost, Parts, RAM};
+use super::guest::Guest;
+use super::guest_cases::{
+    a_bar_under_another_is_reached_around_it, a_bar_under_ram_is_reached_around_it,
+    ram_is_copied_while_a_peers_bar_moves,
+};
+use super::interrupt_cases::{
+    a_controllers_completions_signal_their_vector, an_interrupt_needs_bus_mastering,
+    the_table_is_the_hosts, vectors_are_added_if_the_host_says_so,
+    vectors_are_lent_as_the_devices_have_them, vectors_that_there_are_not_are_refused,
+};
 use crate::verdict::{other, same};
 use crate::{CaseResult, Complaint, Verdict};
 
@@ -21,7 +31,7 @@ pub const FROM_BAR: (u64, u64) = (0x20_0000, 0x20_0000 + LONG_64);
 /// Where on the disk a blocked transfer is tried.
 const BLOCKED: u64 = 0x30_0000;
 /// Where on the disk the engine's scratch blocks are.
-const SCRATCH: u64 = 0x40_0000;
+pub(super) const SCRATCH: u64 = 0x40_0000;
 
 /// What the eight bytes at an offset of the disk must hold, little-endian. The offset is in bytes
 /// and a multiple of eight. 5 MiB of it are used.
@@ -51,20 +61,40 @@ fn filler(offset: u64) -> u64 {
 pub struct Case {
     /// What.
     pub name: &'static str,
-    run: fn(&mut Bench) -> Verdict,
+    run: On,
+}
+
+/// What a case is run on.
+#[derive(Debug, Clone, Copy)]
+enum On {
+    /// Regions that the case itself puts into a map.
+    Bench(fn(&mut Bench) -> Verdict),
+    /// A guest's functions.
+    Guest(fn(&mut Guest) -> Verdict),
+}
+
+impl On {
+    fn run(self, parts: Parts) -> Verdict {
+        match self {
+            Self::Bench(run) => run(&mut Bench::new(parts)?),
+            Self::Guest(run) => run(&mut Guest::new(parts)?),
+        }
+    }
 }
 
 /// Makes [`Case`]s of functions, by their names.
 macro_rules! cases {
-    ($($case:ident),* $(,)?) => {
-        vec![$(Case { name: stringify!($case), run: $case }),*]
+    ($on:ident: $($case:ident),+ $(,)?) => {
+        vec![$(Case { name: stringify!($case), run: On::$on($case) }),+]
     };
 }
 
-/// All cases, in the order in which they are run.
+/// The cases of regions, in the order in which they are run. What they leave on the disk, see
+/// [`FROM_BAR`].
 #[must_use]
 pub fn cases() -> Vec<Case> {
     cases![
+        Bench:
         blocks_go_from_the_disk_into_ram,
         blocks_go_from_the_disk_into_the_peers_bar,
         blocks_go_from_the_peers_bar_to_the_disk,
@@ -74,22 +104,38 @@ pub fn cases() -> Vec<Case> {
         the_memory_buffer_is_reached_by_an_engine,
         a_memory_buffer_that_is_not_mapped_is_not_reached,
         queues_that_are_not_mapped_are_an_error,
+        vectors_are_lent_as_the_devices_have_them,
+        a_controllers_completions_signal_their_vector,
+        vectors_are_added_if_the_host_says_so,
+        vectors_that_there_are_not_are_refused,
+        an_interrupt_needs_bus_mastering,
+        the_table_is_the_hosts,
     ]
 }
 
-/// Runs the cases whose names contain `filter`, each with functions that are opened anew, and
-/// tells of each as soon as it has ended.
+/// The cases of a guest that moves its BARs and lays them over one another, in the order in which
+/// they are run. They leave the disk as they found it.
+#[must_use]
+pub fn guest_cases() -> Vec<Case> {
+    cases![
+        Guest:
+        ram_is_copied_while_a_peers_bar_moves,
+        a_bar_under_ram_is_reached_around_it,
+        a_bar_under_another_is_reached_around_it,
+    ]
+}
+
+/// Runs cases, each with functions that are opened anew, and tells of each as soon as it has ended.
 pub fn run(
     host: &dyn NvmeHost,
-    filter: &str,
+    cases: &[Case],
     tell: &mut dyn FnMut(&CaseResult),
 ) -> Vec<CaseResult> {
-    cases()
-        .into_iter()
-        .filter(|case| case.name.contains(filter))
+    cases
+        .iter()
         .map(|case| {
-            let verdict = match host.parts().and_then(Bench::new) {
-                Ok(mut bench) => (case.run)(&mut bench),
+            let verdict = match host.parts() {
+                Ok(parts) => case.run.run(parts),
                 Err(error) => Err(Complaint::Failed {
                     expected: "functions to try it with".into(),
                     got: error.to_string(),
@@ -118,7 +164,7 @@ fn block(bench: &mut Bench, offset: u64) -> Result<u64, Complaint> {
 }
 
 /// Too long to be shown.
-fn same_bytes(what: &str, got: &[u8], expected: &[u8]) -> Verdict {
+pub(super) fn same_bytes(what: &str, got: &[u8], expected: &[u8]) -> Verdict {
     let differs = got.iter().zip(expected).position(|(a, b)| a != b);
     same(what, got.len(), expected.len())?;
     match differs {

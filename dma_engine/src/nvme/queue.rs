@@ -119,12 +119,14 @@ impl Queue {
 
         let start = Instant::now();
         let at = self.completions + u64::from(self.head) * COMPLETION_SIZE;
-        let last_word = loop {
+        let read = || {
             let mut word = [0; 4];
             memory.read(at + 12, &mut word).map_err(failed)?;
-            let word = u32::from_le_bytes(word);
-            if (word & (1 << 16) != 0) == self.phase {
-                break word;
+            Ok::<_, NvmeError>(u32::from_le_bytes(word))
+        };
+        loop {
+            if (read()? & (1 << 16) != 0) == self.phase {
+                break;
             }
             let waited = start.elapsed();
             let status = registers.status()?;
@@ -151,9 +153,12 @@ impl Queue {
                 });
             }
             thread::sleep(INTERVAL);
-        };
+        }
         // What the command moved is looked at only after its completion was.
         fence(Ordering::SeqCst);
+        // The lent memory may be read byte by byte: the phase tag may be newer than what was read
+        // before it.
+        let last_word = read()?;
         self.head = self.after(self.head);
         if self.head == 0 {
             self.phase = !self.phase;

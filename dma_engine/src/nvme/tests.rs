@@ -1,5 +1,9 @@
 //! The driver on the simulated controller.
 
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Mutex;
+
 use sim_host::{Call, FunctionSpec, NvmeFlaw, SimDisk};
 
 use super::test_rig::{BAR, BAR_SIZE, Lent, RAM, Rig, disk, map_bar, text};
@@ -266,6 +270,50 @@ fn a_completion_of_another_command_is_noticed() {
         panic!("{error}");
     };
     assert_eq!(found, expected ^ 0x5555);
+}
+
+/// Memory of which a reader sees the lower half of four bytes later than the upper one: how it was
+/// when they were last read.
+struct Torn {
+    lent: Box<Lent>,
+    seen: Mutex<BTreeMap<u64, [u8; 2]>>,
+}
+
+impl EngineMemory for Torn {
+    fn iova(&self) -> IovaRange {
+        self.lent.iova()
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.lent.read(offset, data)?;
+        if let [a, b, _, _] = data {
+            let now = [*a, *b];
+            let before = self.seen.lock().unwrap().insert(offset, now);
+            [*a, *b] = before.unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.lent.write(offset, data)
+    }
+}
+
+#[test]
+fn a_completion_that_is_read_while_it_is_written_is_read_again() {
+    let rig = rig();
+    let torn = Torn {
+        lent: rig.lent(),
+        seen: Mutex::default(),
+    };
+    let mut nvme =
+        Nvme::new(rig.function(), Box::new(torn)).with_time_limit(Duration::from_millis(30));
+    // More than a turn of the queues.
+    for block in 0..40 {
+        nvme.read(block, iova(BAR), 4096).unwrap();
+        assert_eq!(rig.bar_at(BAR, 4096), rig.disk_at(block << 9, 4096));
+    }
+    rig.ensure_clean();
 }
 
 #[test]

@@ -69,6 +69,7 @@ fn subject(fragment: &str) -> String {
 fn from_entry(folder: &Path, version: &str) -> Kernel {
     Kernel {
         image: folder.join("bzImage"),
+        elf: Some(folder.join("vmlinux")),
         modules: vec![],
         description: format!("built from Linux {version} for iommufd"),
     }

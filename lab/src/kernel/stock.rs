@@ -57,6 +57,7 @@ fn from_entry(folder: &Path, package: &Package) -> Kernel {
         .collect();
     Kernel {
         image: folder.join("vmlinuz"),
+        elf: None,
         modules,
         description: package.to_string(),
     }

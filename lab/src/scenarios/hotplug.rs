@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{BOTH_KERNELS, FAR_EDU, kernel_log};
+use super::footprint::Footprint;
+use super::p2p_run::{P2pRun, TAKEN_BACK, p2p, ways};
+use super::{BOTH_KERNELS, EDU, FAR_EDU, FAR_IVSHMEM, IVSHMEM, kernel_log};
 use crate::monitor::MonitorError;
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
@@ -13,47 +15,225 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
     on BOTH_KERNELS;
     ROOT_PORTS:
         device_that_nobody_holds_leaves_and_another_comes,
+        peer_that_is_pulled_out_while_it_is_mapped_is_given_back,
+        engine_that_is_pulled_out_is_given_back_and_the_others_go_on,
         device_that_is_not_there_cannot_leave;
 ];
 
-/// The edu behind a root port, its identifier and its port's, see `ROOT_PORTS`.
-const PULLED: &str = FAR_EDU;
-const PULLED_ID: &str = "far-edu";
-const PULLED_PORT: &str = "port-b";
+/// A device behind a root port, see `ROOT_PORTS`.
+struct Pluggable {
+    function: &'static str,
+    /// QEMU's name for it, and for its port.
+    id: &'static str,
+    port: &'static str,
+    /// Its kind, for QEMU and as its identification says, and what makes it what it is.
+    driver: &'static str,
+    identification: &'static str,
+    property: (&'static str, Value),
+    /// The memory behind it, if it is of QEMU's, and its size in bytes.
+    memory: Option<(&'static str, u64)>,
+}
+
+fn far_edu() -> Pluggable {
+    Pluggable {
+        function: FAR_EDU,
+        id: "far-edu",
+        port: "port-b",
+        driver: "edu",
+        identification: "0x1234:0x11e8",
+        property: ("dma_mask", json!(u64::MAX)),
+        memory: None,
+    }
+}
+
+fn far_ivshmem() -> Pluggable {
+    Pluggable {
+        function: FAR_IVSHMEM,
+        id: "far-ivshmem",
+        port: "port-c",
+        driver: "ivshmem-plain",
+        identification: "0x1af4:0x1110",
+        property: ("memdev", json!("far")),
+        memory: Some(("far", 1 << 20)),
+    }
+}
+
 /// How long the nested kernel may take to notice.
 const LIMIT: Duration = Duration::from_secs(60);
+
+impl Pluggable {
+    fn sysfs(&self) -> String {
+        format!("/sys/bus/pci/devices/{}", self.function)
+    }
+
+    /// Plugs another one in and gives it to vfio-pci, so that all is as it was before.
+    fn plug_in(&self, bench: &mut Bench) -> Result<(), ScenarioError> {
+        let bus = ("bus", json!(self.port));
+        let properties = [bus, self.property.clone()];
+        let monitor = bench.monitor()?;
+        if let Some((id, size)) = self.memory {
+            // QEMU dies of a second ivshmem-plain with the same memory.
+            monitor.execute("object-del", json!({ "id": id }))?;
+            let kind = "memory-backend-memfd";
+            let new = json!({ "qom-type": kind, "id": id, "size": size, "share": true });
+            monitor.execute("object-add", new)?;
+        }
+        monitor.device_add(self.driver, self.id, &properties)?;
+        // It is another device: nothing binds it but whoever wants it. It takes no driver until the
+        // kernel is done with it, some time after it is seen.
+        let (sysfs, function, expected) = (self.sysfs(), self.function, self.identification);
+        bench.shell(&format!(
+            "until [ -d {sysfs} ]; do usleep 10000; done
+             [ ! -e {sysfs}/driver ]
+             echo vfio-pci > {sysfs}/driver_override
+             until [ -e {sysfs}/driver ]; do
+                 echo {function} > /sys/bus/pci/drivers_probe
+                 usleep 10000
+             done
+             readlink {sysfs}/driver | grep -q /vfio-pci$
+             [ $(cat {sysfs}/vendor):$(cat {sysfs}/device) = {expected} ]"
+        ))?;
+        Ok(())
+    }
+}
 
 fn device_that_nobody_holds_leaves_and_another_comes(
     bench: &mut Bench,
 ) -> Result<(), ScenarioError> {
-    let sysfs = format!("/sys/bus/pci/devices/{PULLED}");
+    let pulled = far_edu();
+    let sysfs = pulled.sysfs();
     // Negative control of "it has left".
     bench.run_ok(&["test", "-d", &sysfs])?;
     let monitor = bench.monitor()?;
-    monitor.device_del(PULLED_ID)?;
-    monitor.wait_until_deleted(PULLED_ID, LIMIT)?;
+    monitor.device_del(pulled.id)?;
+    monitor.wait_until_deleted(pulled.id, LIMIT)?;
     bench.shell(&format!("[ ! -e {sysfs} ]"))?;
     kernel_log::ensure_clean(bench)?;
-
-    let mask = ("dma_mask", json!(u64::MAX));
-    let bus = ("bus", json!(PULLED_PORT));
-    bench
-        .monitor()?
-        .device_add("edu", PULLED_ID, &[bus, mask])?;
-    // It is another device: nothing binds it but whoever wants it. It takes no driver until the
-    // kernel is done with it, some time after it is seen.
-    bench.shell(&format!(
-        "until [ -d {sysfs} ]; do usleep 10000; done
-         [ ! -e {sysfs}/driver ]
-         echo vfio-pci > {sysfs}/driver_override
-         until [ -e {sysfs}/driver ]; do
-             echo {PULLED} > /sys/bus/pci/drivers_probe
-             usleep 10000
-         done
-         readlink {sysfs}/driver | grep -q /vfio-pci$
-         [ $(cat {sysfs}/vendor):$(cat {sysfs}/device) = 0x1234:0x11e8 ]"
-    ))?;
+    pulled.plug_in(bench)?;
     kernel_log::ensure_clean(bench).map(drop)
+}
+
+/// Begins a run that holds everything, and waits until it does.
+const BEGIN: &str = r#"
+    rm -f /tmp/hold /tmp/held /tmp/said /tmp/status
+    mkfifo /tmp/hold
+    # It is open for writing for as long as this sleeps.
+    sleep 1000 > /tmp/hold & echo $! > /tmp/sleeper
+    { $run < /tmp/hold > /tmp/held 2> /tmp/said & echo $! > /tmp/pid; wait $! && s=0 || s=$?
+      echo $s > /tmp/status; } > /dev/null 2>&1 &
+    until grep -q 'stays mapped' /tmp/said; do
+        [ ! -e /tmp/status ] || { cat /tmp/said >&2; exit 1; }
+        usleep 10000
+    done
+"#;
+/// Waits until the kernel has asked for the function once more than before.
+const ASKED: &str = r"
+    until [ $(dmesg | grep -c 'Relaying device request to user (#0)') -gt $before ]; do
+        usleep 10000
+    done
+";
+/// Ends it, and prints what it printed. The exit status is its own.
+const END: &str = r"
+    echo > /tmp/hold
+    kill $(cat /tmp/sleeper)
+    until [ -e /tmp/status ]; do usleep 10000; done
+    cat /tmp/said >&2
+    cat /tmp/held
+    exit $(cat /tmp/status)
+";
+
+/// Has a run hold `functions`, pulls one out, and gives what the run then says.
+fn pulled_out_of_a_run(
+    bench: &mut Bench,
+    way: &str,
+    options: &[&str],
+    functions: &[&str],
+    pulled: &Pluggable,
+) -> Result<P2pRun, ScenarioError> {
+    let sysfs = pulled.sysfs();
+    bench.forget_faults()?;
+    let common = ["--json", "--exercise", "--hold", "--iommu", way];
+    let options = [&common, options].concat();
+    let run = p2p(&options, functions).join(" ");
+    bench.shell(&format!(
+        "run='{run}'
+{BEGIN}"
+    ))?;
+    let before = bench.shell("dmesg | grep -c 'Relaying device request to user (#0)' || true")?;
+    // Negative control: as long as the run does nothing, the function does not go.
+    bench.shell("kill -STOP $(cat /tmp/pid)")?;
+    bench.monitor()?.device_del(pulled.id)?;
+    bench.shell(&format!(
+        "before={before}
+{ASKED}
+[ -e {sysfs} ]
+kill -CONT $(cat /tmp/pid)"
+    ))?;
+    bench.monitor()?.wait_until_deleted(pulled.id, LIMIT)?;
+    bench.shell(&format!(
+        "[ ! -e {sysfs} ]
+         until grep -q 'wanted {} back, and has it' /tmp/said; do usleep 10000; done",
+        pulled.function
+    ))?;
+    let run = P2pRun::of(bench, &["sh", "-c", END])?;
+    ensure(run.ok && run.status.success(), || format!("{run:#?}"))?;
+    run.ensure_way(way)?;
+    let expected = [(pulled.function.to_owned(), Some("ok".to_owned()))];
+    ensure(run.removed == expected, || format!("{:?}", run.removed))?;
+    kernel_log::ensure_clean(bench)?;
+    Ok(run)
+}
+
+fn peer_that_is_pulled_out_while_it_is_mapped_is_given_back(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let pulled = far_ivshmem();
+    for way in ways(bench)? {
+        let before = Footprint::take(bench)?.pinned_pages();
+        let functions = [EDU, IVSHMEM, FAR_EDU, pulled.function];
+        let run = pulled_out_of_a_run(bench, way, &[], &functions, &pulled)?;
+        for from in [EDU, FAR_EDU] {
+            run.ensure_exercised(from, IVSHMEM, 2)?;
+            let gone = run.pair(from, pulled.function, 2)?;
+            // It was reached before.
+            ensure(
+                gone.reach == "unavailable" && gone.exercised.as_deref() == Some("ok"),
+                || format!("{gone:?}"),
+            )?;
+            let controls = run.blocked(from, TAKEN_BACK)?;
+            ensure(controls.len() == 1, || format!("{controls:#?}"))?;
+        }
+        run.ensure_witnessed(&bench.dmar_faults()?)?;
+        let after = Footprint::take(bench)?.pinned_pages();
+        ensure(before == after, || {
+            format!("{before:?} pages were pinned before, {after:?} are after")
+        })?;
+        pulled.plug_in(bench)?;
+    }
+    Ok(())
+}
+
+/// The engine is alone in its address space, which goes with it.
+fn engine_that_is_pulled_out_is_given_back_and_the_others_go_on(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let pulled = far_edu();
+    let one = format!("group=one:{EDU},{IVSHMEM}");
+    let two = format!("group=two:{},{IVSHMEM}", pulled.function);
+    let options = ["--p2p", &one, "--p2p", &two];
+    for way in ways(bench)? {
+        let functions = [EDU, IVSHMEM, pulled.function];
+        let run = pulled_out_of_a_run(bench, way, &options, &functions, &pulled)?;
+        run.ensure_exercised(EDU, IVSHMEM, 2)?;
+        let gone = run.pair(pulled.function, IVSHMEM, 2)?;
+        ensure(
+            gone.reach == "unavailable" && gone.exercised.as_deref() == Some("ok"),
+            || format!("{gone:?}"),
+        )?;
+        run.ensure_witnessed(&bench.dmar_faults()?)?;
+        pulled.plug_in(bench)?;
+    }
+    Ok(())
 }
 
 fn device_that_is_not_there_cannot_leave(bench: &mut Bench) -> Result<(), ScenarioError> {

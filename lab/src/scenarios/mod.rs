@@ -19,11 +19,14 @@ macro_rules! shared_scenarios {
 
 mod entry_limit;
 mod footprint;
+mod guest_lines;
 mod kernel_log;
 mod p2p_run;
 
 pub mod bad_input;
 pub mod contract_suite;
+pub mod guest_moves;
+pub mod guest_program;
 pub mod hotplug;
 pub mod iommufd_bad_input;
 pub mod iommufd_contract;
@@ -79,6 +82,7 @@ pub static EDU_AND_IVSHMEM: Shape = Shape {
     objects: &[MEMORY_OF_06],
     devices: &[EDU_05, IVSHMEM_06],
     kernel_options: &[],
+    guest: false,
 };
 
 /// [`EDU_AND_IVSHMEM`] and a device with three functions, which are one IOMMU group because they
@@ -99,6 +103,7 @@ pub static TWO_EDUS: Shape = Shape {
         "pci-serial,addr=07.2",
     ],
     kernel_options: &[],
+    guest: false,
 };
 
 /// A device of two functions, which are one IOMMU group because they have no ACS: an edu and an
@@ -207,6 +212,7 @@ pub static ROOT_PORTS: Shape = Shape {
         "nvme,bus=port-e,addr=00.1,serial=slot,cmb_size_mb=1",
     ],
     kernel_options: &[],
+    guest: false,
 };
 
 /// All scenarios, in the order in which they are run.
@@ -224,6 +230,7 @@ pub fn all() -> Vec<&'static Scenario> {
         iommufd_contract::SCENARIOS,
         resets::SCENARIOS,
         hotplug::SCENARIOS,
+        guest_moves::SCENARIOS,
         nvme::SCENARIOS,
         bad_input::SCENARIOS,
         iommufd_bad_input::SCENARIOS,
@@ -231,6 +238,7 @@ pub fn all() -> Vec<&'static Scenario> {
         unprivileged::SCENARIOS,
         unsuitable_hosts::SCENARIOS,
         unsuitable_hosts::BY_IOMMUFD,
+        guest_program::SCENARIOS,
         process_end::SCENARIOS,
     ]
     .into_iter()

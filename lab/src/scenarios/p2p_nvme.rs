@@ -6,6 +6,7 @@
 use serde_json::{Value, json};
 
 use super::bad_input::{NOT_DONE, works};
+use super::entry_limit;
 use super::footprint::Footprint;
 use super::p2p_run::{
     ASLEEP, BEFORE_THE_MOVE, DECODING_OFF, KEPT_OUT, OWN_UNREGISTERED, P2pRun, RAM_TAKEN_AWAY,
@@ -21,6 +22,7 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
     ROOT_PORTS:
         every_pair_of_edu_ivshmem_and_nvme_is_mapped_and_the_data_match,
         policy_keeps_an_nvme_from_a_bar_that_it_reaches_without_it,
+        required_pair_of_an_nvme_that_is_not_mapped_is_named_and_nothing_moves,
         disk_that_is_not_lent_is_not_written_and_bad_loans_are_refused;
 ];
 
@@ -147,6 +149,27 @@ fn policy_keeps_an_nvme_from_a_bar_that_it_reaches_without_it(
     })?;
     run.ensure_witnessed(&bench.dmar_faults()?)?;
     ensure_disk_as_it_was(bench)
+}
+
+/// The negative control of `--p2p required`: a kernel that takes two mappings has none left for
+/// BARs. Then the loan is not used either.
+fn required_pair_of_an_nvme_that_is_not_mapped_is_named_and_nothing_moves(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let written = Writes::so_far(bench)?;
+    bench.forget_faults()?;
+    let options = ["--exercise", "--p2p", "required", "--iommu", "type1"];
+    let options = [&options[..], &["--nvme-scratch", LOAN]].concat();
+    let argv = p2p(&options, &[NVME, IVSHMEM]);
+    entry_limit::while_it_is(2, bench, |bench| {
+        let pair = format!("{NVME} does not reach BAR2 of {IVSHMEM}: ");
+        bench.run_refused(&argv, 1, &[&pair, "--p2p required"])
+    })?;
+    let faults = bench.dmar_faults()?;
+    let now = Writes::so_far(bench)?;
+    ensure(faults.is_empty() && now == written, || {
+        format!("something moved: {faults:?}, {written:?}, {now:?}")
+    })
 }
 
 fn disk_that_is_not_lent_is_not_written_and_bad_loans_are_refused(

@@ -21,6 +21,7 @@ pub const RESET: &str = "a BAR after a function-level reset";
 pub const RESET_UNDECODED: &str = "a BAR after a function-level reset with its decoding off";
 pub const HOT_RESET: &str = "a BAR after a hot reset of its bus";
 pub const BEFORE_THE_MOVE: &str = "where a BAR was before it moved";
+pub const TAKEN_BACK: &str = "a BAR of a function that the host takes back";
 pub const UNREGISTERED: &str = "RAM after the IOMMU was unregistered";
 /// Of an engine that fetches commands from RAM: it does not get that far.
 pub const OWN_UNREGISTERED: &str = "the engine's own RAM after the IOMMU was unregistered";
@@ -56,6 +57,8 @@ pub struct P2pRun {
     pub pairs: Vec<Pair>,
     /// What was tried at addresses that are not mapped.
     pub controls: Vec<Control>,
+    /// What was given back to the host, and how moving data between the others ended.
+    pub removed: Vec<(String, Option<String>)>,
 }
 
 /// What `--iommu` came to.
@@ -98,7 +101,12 @@ impl P2pRun {
     ) -> Result<Self, ScenarioError> {
         bench.forget_faults()?;
         let options = [&["--json"], options].concat();
-        let (status, report) = bench.run_json(&p2p(&options, functions))?;
+        Self::of(bench, &p2p(&options, functions))
+    }
+
+    /// Runs a command that prints the report of a run and ends as that did.
+    pub fn of(bench: &mut Bench, argv: &[&str]) -> Result<Self, ScenarioError> {
+        let (status, report) = bench.run_json(argv)?;
         Self::read(status, &report).ok_or_else(|| {
             ScenarioError::unexpected(format!("the report has other fields: {report:#}"))
         })
@@ -136,6 +144,10 @@ impl P2pRun {
             controls: list("controls")?
                 .iter()
                 .map(Control::read)
+                .collect::<Option<_>>()?,
+            removed: list("removed")?
+                .iter()
+                .map(removed)
                 .collect::<Option<_>>()?,
         })
     }
@@ -243,6 +255,11 @@ impl Control {
             afterwards: text("afterwards"),
         })
     }
+}
+
+fn removed(value: &Value) -> Option<(String, Option<String>)> {
+    let text = |name| Some(value.get(name)?.as_str()?.to_owned());
+    Some((text("function")?, text("others")))
 }
 
 /// What controls tried in one page.

@@ -81,6 +81,7 @@ fn qemu_saw_every_control_blocked_and_nothing_else(bench: &mut Bench) -> Result<
             controls,
             pairs: vec![],
             iommu: run.iommu.clone(),
+            removed: vec![],
             ..run
         };
         ensure(fewer.ensure_witnessed(&faults).is_err(), || {

@@ -7,6 +7,7 @@
 //! | `\_SB.COM1` | the serial port |
 //! | `\_SB.PWRB` | the power button |
 //! | `\_SB.GED0` | the generic event device that presses it |
+//! | `\_SB.PANC` | where the kernel says that it has panicked (QEMU, `docs/specs/pvpanic.rst`) |
 //! | `\_S5` | soft off |
 //!
 //! # The root bridge's windows
@@ -49,12 +50,13 @@ const BUTTON_PRESSED: u8 = 0x80;
 
 pub(super) fn table(layout: &Layout) -> Sdt {
     let mut body = Vec::new();
-    let devices: [&dyn Aml; 5] = [
+    let devices: [&dyn Aml; 6] = [
         &RootBridge(layout),
         &Taken,
         &SerialPort,
         &PowerButton,
         &GenericEvents,
+        &Panic,
     ];
     Scope::new("\\_SB_".into(), devices.to_vec()).to_aml_bytes(&mut body);
     let soft_off = Package::new(vec![&platform::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]);
@@ -237,5 +239,19 @@ impl Aml for GenericEvents {
             &Method::new("_EVT".into(), 1, true, handler.to_vec()),
         ];
         Device::new("GED0".into(), parts.to_vec()).to_aml_bytes(sink);
+    }
+}
+
+struct Panic;
+
+impl Aml for Panic {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let port = IO::new(platform::PANIC_PORT, platform::PANIC_PORT, 1, 1);
+        let parts: [&dyn Aml; 3] = [
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
+        ];
+        Device::new("PANC".into(), parts.to_vec()).to_aml_bytes(sink);
     }
 }

@@ -212,3 +212,27 @@ fn without_a_high_window_none_is_named() {
     assert!(!contains(dsdt, &[0x8a, 43, 0]));
     assert!(contains(dsdt, &[0x87, 23, 0]));
 }
+
+/// Ports and interrupts as resources have them.
+#[test]
+fn the_devices_have_the_chipsets_ports() {
+    let tables = made(1);
+    let dsdt = tables.table(u64_at(tables.named(b"FACP"), 140));
+    let port = |port: u16, size: u8| {
+        let [low, high] = port.to_le_bytes();
+        vec![0x47, 1, low, high, low, high, 1, size]
+    };
+    // One that this device consumes, edge-triggered, active high, exclusive.
+    let interrupt = |gsi: u32| [&[0x89, 6, 0, 0b0011, 1], &gsi.to_le_bytes()[..]].concat();
+    for part in [
+        port(platform::CONFIG_ADDRESS_PORT, 8),
+        port(platform::SERIAL_PORT, 8),
+        port(platform::SLEEP_CONTROL_PORT, 4),
+        port(platform::PANIC_PORT, 1),
+        interrupt(platform::SERIAL_GSI),
+        interrupt(platform::EVENT_GSI),
+    ] {
+        assert!(contains(dsdt, &part), "{part:x?}");
+    }
+    assert!(!contains(dsdt, &interrupt(6)));
+}

@@ -15,7 +15,7 @@ use memory_map::{
 };
 
 use super::bus::Bus;
-use super::report::Pair;
+use super::report::{Pair, place_after};
 use super::scratch::{LentRam, NvmeScratch};
 use super::windows;
 use crate::guest_driver::GuestDriver;
@@ -124,7 +124,7 @@ impl Assembly {
             let options = FunctionOptions::default();
             let function = Arc::new(AssignedFunction::new(host, map.clone(), &options)?);
             let switch = switches.get(target).context("no such container")?;
-            switch.0.add(&function);
+            switch.add(&function);
             let name = function.name();
             let lent = parts.scratch.iter().enumerate();
             let mut lent = lent.filter(|(_, scratch)| scratch.function.to_string() == *name);
@@ -182,6 +182,35 @@ impl Assembly {
         bus.reset(members.map(|member| Arc::clone(&member.function)).collect())
     }
 
+    /// Takes a member out and lets go of its function, whose BARs have left the map. Those behind it
+    /// move up. An IOMMU that has nobody behind it any more is unregistered first.
+    pub fn take_out(&mut self, place: usize) -> Result<()> {
+        let member = self.members.get(place).context("a function is gone")?;
+        let target = member.target;
+        let alone = self.members.iter().filter(|it| it.target == target).count() == 1;
+        if alone && target < self.targets.len() {
+            let report = self.targets.remove(target).unregister();
+            if let Some((_, why)) = report.quarantined.into_iter().next() {
+                return Err(why).context("unregistering an IOMMU");
+            }
+            for member in &mut self.members {
+                member.target = place_after(member.target, target).unwrap_or(member.target);
+            }
+        }
+        self.buses.retain(|bus| !bus.members.contains(&place));
+        for bus in &mut self.buses {
+            let members = bus.members.iter();
+            bus.members = members.filter_map(|it| place_after(*it, place)).collect();
+        }
+        let bypasses = std::mem::take(&mut self.bypasses).into_iter();
+        let bypasses = bypasses.filter_map(|((from, to), how)| {
+            Some(((place_after(from, place)?, place_after(to, place)?), how))
+        });
+        self.bypasses = bypasses.collect();
+        drop(self.members.remove(place));
+        Ok(())
+    }
+
     /// Moves a BAR, with decoding on, to the highest free place of its window, as a guest would.
     /// Returns where it was, or nothing if there is no other place for it.
     pub fn move_bar(&self, member: &Member, bar: &MemberBar) -> Result<Option<GpaRange>> {
@@ -220,6 +249,15 @@ impl Assembly {
             }
             last = start.checked_sub(1)?;
         }
+    }
+
+    /// See [`Member::rest`]: all of them, and the first error of any.
+    pub fn rest(&mut self) -> Result<()> {
+        let mut done = Ok(());
+        for member in &mut self.members {
+            done = done.and(member.rest());
+        }
+        done
     }
 
     /// Every ordered pair and BAR, with the reach as it stands.
@@ -299,7 +337,14 @@ impl MemberBar {
 
 /// Cuts off the devices behind an IOMMU that may hold a mapping it should not, and says so.
 #[derive(Default)]
-struct Announced(CutOffSwitch);
+pub struct Announced(CutOffSwitch);
+
+impl Announced {
+    /// Cuts this function off, too.
+    pub fn add(&self, function: &Arc<AssignedFunction>) {
+        self.0.add(function);
+    }
+}
 
 impl CutOff for Announced {
     fn cut_off(&self, target: &TargetName, why: &Quarantine) {

@@ -139,9 +139,9 @@ fn engines(assembly: &Assembly) -> Vec<usize> {
 
 /// The pairs between which whole pages were moved. (Of registers nobody could tell whether a page
 /// that was written there had arrived.)
-fn exercised<'p>(assembly: &Assembly, pairs: &'p [Pair]) -> Result<Vec<&'p Pair>> {
+pub fn exercised<'p>(assembly: &Assembly, pairs: &'p [Pair]) -> Result<Vec<&'p Pair>> {
     let mut found = Vec::new();
-    for pair in pairs {
+    for pair in pairs.iter().filter(|pair| !pair.removed) {
         let peer = assembly.members.get(pair.to_member);
         let bar = peer.and_then(|peer| peer.bar(pair.index));
         let bar = bar.context("a BAR is gone")?;

@@ -1,17 +1,18 @@
 //! `throughway p2p`: who reaches whom on a real host.
 
-mod assembly;
+pub mod assembly;
 mod bus;
-mod choice;
+pub mod choice;
 mod control;
 mod exercise;
-mod host;
-mod policy;
-mod report;
+mod hold;
+pub mod host;
+pub mod policy;
+pub mod report;
 mod revocation;
 mod scratch;
 mod spot;
-mod windows;
+pub mod windows;
 mod witness;
 
 use std::collections::BTreeSet;
@@ -24,6 +25,8 @@ use vfio_sys::Bdf;
 
 use self::assembly::{Assembly, Parts};
 use self::choice::{Choice, Iommu};
+use self::hold::{Ask, Holding};
+use self::host::Requests;
 use self::policy::{P2pChoice, Policy};
 use self::report::P2pReport;
 use self::scratch::NvmeScratch;
@@ -71,6 +74,14 @@ pub struct P2pArgs {
     /// for QEMU's edu, and one for NVMe controllers, see --nvme-scratch.
     #[arg(long)]
     pub exercise: bool,
+    /// Keep everything mapped until Enter is pressed or standard input ends
+    ///
+    /// Standard error says when that begins. A function that the host wants back meanwhile, because
+    /// it is pulled out or unbound from vfio-pci, leaves every address space and is given back; the
+    /// others stay. With --exercise, what was its BAR is tried as a control, and the others move
+    /// data once more. Without --hold, the host waits until the program ends.
+    #[arg(long)]
+    pub hold: bool,
     /// Blocks of an NVMe controller's disk that may be overwritten, so that it serves as a DMA engine
     ///
     /// What an NVMe controller moves from one place of the bus to another goes by way of its disk.
@@ -107,12 +118,36 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
         page: Backing::new(Ram::memfd(c"throughway-control", page)?),
         scratch: args.nvme_scratch.clone(),
     })?;
+    let requests = args.hold.then(|| Requests::of(&opened.devices));
+    // Whoever holds a device keeps the host from having it back.
+    drop(opened.devices);
+    let mut terminal = requests.transpose()?.map(|requests| Terminal {
+        requests,
+        json: args.json,
+    });
+    let holding = terminal.as_mut().map(|terminal| {
+        let holding: &mut dyn Holding = terminal;
+        holding
+    });
     let witness: Option<&mut witness::Source<'_>> = if args.exercise {
         Some(&mut witness::kernel_log)
     } else {
         None
     };
-    let report = examine(&mut assembly, choice, policy.required, witness)?;
+    let examined = examine(&mut assembly, choice, policy.required, witness, holding);
+    // However that ended, what engines have overwritten is put back, or it is told that it is not.
+    let report = match (examined, assembly.rest()) {
+        (Ok(report), rested) => {
+            rested?;
+            report
+        }
+        (Err(error), rested) => {
+            if let Err(left) = rested {
+                eprintln!("throughway: {left:#}");
+            }
+            return Err(error);
+        }
+    };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
@@ -126,27 +161,59 @@ pub fn run(args: &P2pArgs) -> Result<bool> {
     Ok(report.ok)
 }
 
+/// The one who started the program.
+struct Terminal {
+    requests: Requests,
+    json: bool,
+}
+
+impl Holding for Terminal {
+    fn begins(&mut self, so_far: &P2pReport) {
+        if !self.json {
+            println!("{so_far}");
+        }
+        eprintln!("throughway: everything stays mapped until Enter is pressed");
+    }
+
+    fn next(&mut self) -> Result<Ask> {
+        self.requests.next()
+    }
+
+    fn given_back(&mut self, function: &str) {
+        eprintln!("throughway: the host wanted {function} back, and has it");
+    }
+}
+
 /// Tells for every pair what is reached, and moves data if there is somebody to ask for witness;
-/// not, however, if a pair that is `required` is not mapped.
+/// not, however, if a pair that is `required` is not mapped. Holds all of that for as long as
+/// somebody wants.
 fn examine(
     assembly: &mut Assembly,
     choice: Choice,
     required: bool,
-    witness: Option<&mut witness::Source<'_>>,
+    mut witness: Option<&mut witness::Source<'_>>,
+    holding: Option<&mut dyn Holding>,
 ) -> Result<P2pReport> {
     let mut pairs = assembly.pairs()?;
     let mut controls = Vec::new();
-    let falls_short = required && pairs.iter().any(|pair| pair.counts);
-    if let Some(witness) = witness
-        && !falls_short
-    {
+    if required && pairs.iter().any(|pair| pair.counts) {
+        return Ok(P2pReport::new(choice, pairs, controls));
+    }
+    if let Some(witness) = witness.as_deref_mut() {
         exercise::all(assembly, &mut pairs)?;
         controls = control::in_place(assembly, &pairs, witness)?;
         controls.extend(control::moved(assembly, &pairs, witness)?);
         exercise::all(assembly, &mut pairs)?;
-        controls.extend(control::unregistered(assembly, witness)?);
     }
-    Ok(P2pReport::new(choice, pairs, controls))
+    let mut report = P2pReport::new(choice, pairs, controls);
+    if let Some(holding) = holding {
+        hold::until_end(assembly, &mut report, holding, witness.as_deref_mut())?;
+    }
+    if let Some(witness) = witness {
+        let controls = control::unregistered(assembly, witness)?;
+        report.controls.extend(controls);
+    }
+    Ok(report.judged())
 }
 
 #[cfg(test)]

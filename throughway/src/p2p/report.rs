@@ -1,5 +1,6 @@
 //! What was found, as data and as text.
 
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -44,6 +45,9 @@ pub struct Pair {
     /// Whether policy keeps it out.
     #[serde(skip)]
     pub filtered: bool,
+    /// Whether one of the two was given back to the host; then the members are nobody's places.
+    #[serde(skip)]
+    pub removed: bool,
     #[serde(skip)]
     pub from_member: usize,
     #[serde(skip)]
@@ -61,26 +65,21 @@ impl Pair {
         bar: &MemberBar,
         reach: &Reach,
     ) -> Self {
-        let (word, reason, by_design) = match reach {
-            Reach::Mapped => ("mapped", None, false),
-            Reach::Partly { missing, .. } => (
-                "partly",
-                Some(reach.to_string()),
-                missing.iter().all(|missing| by_design(&missing.reason)),
-            ),
-            Reach::Unavailable(reason) => {
-                ("unavailable", Some(reason.to_string()), by_design(reason))
-            }
-        };
+        let Described {
+            word,
+            reason,
+            counts,
+        } = Described::new(reach);
         Self {
             from: from.function.name().to_owned(),
             to: to.function.name().to_owned(),
             bar: bar.info.index.get(),
             reach: word,
-            counts: reason.is_some() && !by_design,
+            counts,
             reason,
             bypass: None,
             filtered: matches!(reach, Reach::Unavailable(Reason::Filtered)),
+            removed: false,
             exercised: None,
             at: Vec::new(),
             note: None,
@@ -95,8 +94,59 @@ impl Pair {
         self
     }
 
+    /// The member at this place was given back to the host; those behind it have moved up.
+    pub fn after_removal(&mut self, place: usize) {
+        if self.removed {
+            return;
+        }
+        match (
+            place_after(self.from_member, place),
+            place_after(self.to_member, place),
+        ) {
+            (Some(from), Some(to)) => (self.from_member, self.to_member) = (from, to),
+            (from, _) => {
+                let gone = if from.is_none() { &self.from } else { &self.to };
+                self.reason = Some(format!("{gone} was given back to the host"));
+                self.reach = "unavailable";
+                self.counts = false;
+                self.removed = true;
+            }
+        }
+    }
+
     fn ok(&self) -> bool {
         !self.counts && self.exercised != Some(Exercised::Mismatch)
+    }
+}
+
+/// A reach in words.
+pub struct Described {
+    /// `mapped`, `partly` or `unavailable`.
+    pub word: &'static str,
+    /// What is missing and why; none where all is mapped.
+    pub reason: Option<String>,
+    /// Whether the reason is an obstacle, see [`Pair::counts`].
+    pub counts: bool,
+}
+
+impl Described {
+    pub fn new(reach: &Reach) -> Self {
+        let (word, reason, by_design) = match reach {
+            Reach::Mapped => ("mapped", None, true),
+            Reach::Partly { missing, .. } => (
+                "partly",
+                Some(reach.to_string()),
+                missing.iter().all(|missing| by_design(&missing.reason)),
+            ),
+            Reach::Unavailable(reason) => {
+                ("unavailable", Some(reason.to_string()), by_design(reason))
+            }
+        };
+        Self {
+            word,
+            reason,
+            counts: !by_design,
+        }
     }
 }
 
@@ -133,6 +183,23 @@ pub struct Control {
     pub witness: String,
 }
 
+/// A function that the host wanted back.
+#[derive(Debug, Serialize)]
+pub struct Removed {
+    pub function: String,
+    /// How moving data between the others ended after that; null where none were moved.
+    pub others: Option<Exercised>,
+}
+
+/// Where a member is once the one at `removed` has left; none for that one.
+pub fn place_after(place: usize, removed: usize) -> Option<usize> {
+    match place.cmp(&removed) {
+        Ordering::Less => Some(place),
+        Ordering::Equal => None,
+        Ordering::Greater => place.checked_sub(1),
+    }
+}
+
 /// All of it.
 #[derive(Debug, Serialize)]
 pub struct P2pReport {
@@ -141,16 +208,26 @@ pub struct P2pReport {
     pub iommu: Choice,
     pub pairs: Vec<Pair>,
     pub controls: Vec<Control>,
+    /// What was given back meanwhile.
+    pub removed: Vec<Removed>,
 }
 
 impl P2pReport {
     pub fn new(iommu: Choice, pairs: Vec<Pair>, controls: Vec<Control>) -> Self {
-        Self {
-            ok: controls.iter().all(Control::ok) && pairs.iter().all(Pair::ok),
+        let new = Self {
+            ok: false,
             iommu,
             pairs,
             controls,
-        }
+            removed: Vec::new(),
+        };
+        new.judged()
+    }
+
+    /// With the verdict on what it says by now.
+    pub fn judged(mut self) -> Self {
+        self.ok = self.controls.iter().all(Control::ok) && self.pairs.iter().all(Pair::ok);
+        self
     }
 
     /// The pairs that have to be mapped and are not, each with its reason.
@@ -241,6 +318,14 @@ impl fmt::Display for P2pReport {
             f.write_str(match control.afterwards {
                 Some(Exercised::Ok) => ", and ok again afterwards\n",
                 Some(Exercised::Mismatch) => ", and MISMATCH afterwards\n",
+                None => "\n",
+            })?;
+        }
+        for Removed { function, others } in &self.removed {
+            write!(f, "{function} was given back to the host")?;
+            f.write_str(match others {
+                Some(Exercised::Ok) => ", and the others reach each other\n",
+                Some(Exercised::Mismatch) => ", and MISMATCH between the others\n",
                 None => "\n",
             })?;
         }

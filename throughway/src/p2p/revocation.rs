@@ -118,10 +118,16 @@ fn one(
     concerned: &[usize],
     witness: &mut Source<'_>,
 ) -> Result<Control> {
-    let peer = assembly.members.get_mut(pair.to_member);
-    let peer = peer.context("a function is gone")?;
-    // It may be an engine itself.
-    peer.rest()?;
+    let mut saved = Vec::new();
+    for member in concerned {
+        let member = assembly.members.get_mut(*member);
+        let member = member.context("a function is gone")?;
+        // It may be an engine itself.
+        member.rest()?;
+        let function = Arc::clone(&member.function);
+        saved.push((GuestDriver(&function).save(), function));
+    }
+    let (_, peer, _) = two(assembly, pair.from_member, pair.to_member)?;
     let bar = peer.bar(pair.index).context("a BAR is gone")?;
     let offset = offset_in(&bar);
     let at = Gpa::new(bar.range()?.start().raw().saturating_add(offset));

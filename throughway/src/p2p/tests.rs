@@ -18,11 +18,11 @@ use vfio_sys::Bdf;
 use super::assembly::{Assembly, PartFunction, Parts, Space};
 use super::bus::Bus;
 use super::choice::{Choice, Kind};
-use super::examine;
+use super::hold::Holding;
 use super::policy::Policy;
 use super::report::{Exercised, Observed, P2pReport};
 use super::scratch::NvmeScratch;
-use super::witness::Evidence;
+use super::witness::{Evidence, Source};
 
 const EDU: &str = "0000:00:05.0";
 const PEER: &str = "0000:00:06.0";
@@ -47,6 +47,7 @@ fn ioas(ioas: SimIoas, copies: RamCopies) -> Box<dyn DmaTarget> {
     Box::new(unsafe { IoasTarget::new(Arc::new(ioas), copies) })
 }
 
+mod hold;
 mod nvme;
 
 /// An edu, shared memory that can sleep and be reset, another edu.
@@ -169,6 +170,15 @@ fn choice() -> Choice {
     }
 }
 
+fn examine(
+    assembly: &mut Assembly,
+    choice: Choice,
+    required: bool,
+    witness: Option<&mut Source<'_>>,
+) -> anyhow::Result<P2pReport> {
+    super::examine(assembly, choice, required, witness, None)
+}
+
 struct SimFaults(SimHost);
 
 impl Evidence for SimFaults {
@@ -181,11 +191,15 @@ impl Evidence for SimFaults {
 }
 
 fn report(host: &SimHost, assembly: &mut Assembly) -> P2pReport {
+    held(host, assembly, None)
+}
+
+fn held(host: &SimHost, assembly: &mut Assembly, holding: Option<&mut dyn Holding>) -> P2pReport {
     let mut witness = || -> anyhow::Result<Box<dyn Evidence>> {
         drop(host.take_faults());
         Ok(Box::new(SimFaults(host.clone())))
     };
-    examine(assembly, choice(), false, Some(&mut witness)).unwrap()
+    super::examine(assembly, choice(), false, Some(&mut witness), holding).unwrap()
 }
 
 fn pair<'r>(report: &'r P2pReport, from: &str, to: &str, bar: u8) -> &'r super::report::Pair {

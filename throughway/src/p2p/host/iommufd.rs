@@ -36,7 +36,6 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
             exports_every_bar(function)?;
         }
     }
-    let buses = hot_reset::buses(&bound, &[]);
     let (classes, places) = host.by_filter();
     let mut ioases = Vec::new();
     for _ in &classes {
@@ -46,10 +45,10 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     // All functions are attached before anything is mapped: each takes away from what the address
     // space allows, and would be refused if something was there.
     let mut functions: Vec<PartFunction> = Vec::new();
-    for ((_, function), space) in bound.into_iter().zip(places) {
+    for ((_, function), space) in bound.iter().zip(places) {
         let ioas = ioases.get(space).context("no such address space")?;
         function.device().attach(Arc::clone(ioas))?;
-        let host: Arc<dyn HostFunction> = function;
+        let host: Arc<dyn HostFunction> = Arc::<VfioFunction>::clone(function);
         functions.push(PartFunction { host, space });
     }
     let copies = RamCopies::new();
@@ -70,7 +69,8 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     Ok(Opened {
         spaces,
         functions,
-        buses,
+        buses: hot_reset::buses(&bound, &[]),
+        devices: bound,
     })
 }
 

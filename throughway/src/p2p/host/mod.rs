@@ -2,6 +2,7 @@
 
 mod hot_reset;
 mod iommufd;
+mod requests;
 mod type1;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use assigned_pci::VfioFunction;
 use memory_map::Filter;
 use vfio_sys::{Bdf, CdevError, Device, Sysfs};
 
+pub use self::requests::Requests;
 use super::assembly::{PartFunction, Space};
 use super::bus::Bus;
 use super::choice::{Choice, Iommu, Ways, choose};
@@ -32,6 +34,8 @@ pub trait Announce {
 pub struct Opened {
     pub spaces: Vec<Space>,
     pub functions: Vec<PartFunction>,
+    /// The same, as devices. They are given back to the host only after this has been dropped.
+    pub devices: Vec<(Bdf, Arc<VfioFunction>)>,
     /// Which of the functions a hot reset resets together.
     pub buses: Vec<Bus>,
 }

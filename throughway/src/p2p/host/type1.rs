@@ -54,7 +54,7 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
         }
     }
     let mut functions = Vec::new();
-    let mut opened = Vec::new();
+    let mut devices = Vec::new();
     for (bdf, place) in host.functions.iter().zip(places) {
         let Some(opener) = openers.get_mut(place) else {
             continue;
@@ -63,7 +63,7 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
         let space = containers.iter().position(|c| Arc::ptr_eq(c, &container));
         let device = opener.device(*bdf)?;
         let function = host.function(*bdf, device)?;
-        opened.push((*bdf, Arc::clone(&function)));
+        devices.push((*bdf, Arc::clone(&function)));
         let function: Arc<dyn HostFunction> = function;
         functions.push(PartFunction {
             host: function,
@@ -73,7 +73,8 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
     Ok(Opened {
         spaces,
         functions,
-        buses: hot_reset::buses(&opened, &groups),
+        buses: hot_reset::buses(&devices, &groups),
+        devices,
     })
 }
 

@@ -1,6 +1,6 @@
 //! NVMe controllers as DMA engines, and as peers.
 
-use sim_host::SimDisk;
+use sim_host::{SimBus, SimDisk};
 
 use super::*;
 
@@ -118,6 +118,46 @@ fn controllers_reach_their_peers_and_each_others_buffers_and_disks_are_as_before
 }
 
 #[test]
+fn a_hot_reset_finds_the_siblings_engine_at_rest() {
+    for kind in KINDS {
+        let rig = Rig::new();
+        let before = rig.contents();
+        let policy = Policy::new(&[], &[EDU, PEER, NVME, SECOND].map(bdf)).unwrap();
+        let parts = spaces(&rig.host, kind, &rig.functions, &policy);
+        let scratch = format!("{NVME}:{}..{}", LENT.start, LENT.end);
+        let bus = SimBus::new(rig.functions.iter().skip(1).take(2).cloned());
+        let disk = rig.disks[0].clone();
+        let reset_with = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let seen = Arc::clone(&reset_with);
+        let bus = Bus {
+            members: vec![1, 2],
+            reset: Arc::new(move || {
+                seen.lock().unwrap().push(contents(&disk));
+                bus.hot_reset()
+            }),
+        };
+        let scratch = vec![scratch.parse().unwrap()];
+        let mut assembly = assemble_with(&rig.host, parts, scratch, vec![bus]);
+        let report = report(&rig.host, &mut assembly);
+        assert!(report.ok, "{report}");
+        // The peer's reset and the controller's, by the edu.
+        let reset_with = reset_with.lock().unwrap();
+        assert_eq!(reset_with.len(), 2, "{report}");
+        assert!(reset_with.iter().all(|disk| *disk == before[0]));
+        // The controller was an engine again afterwards, and not for its failure was it blocked.
+        let mut its = report.controls.iter().filter(|it| it.from == NVME);
+        assert!(its.clone().count() > 4, "{report}");
+        assert!(
+            its.all(|control| control.witness.contains("DMA")),
+            "{report}"
+        );
+        drop(assembly);
+        assert_eq!(rig.contents(), before);
+        ensure_clean(&rig.host);
+    }
+}
+
+#[test]
 fn a_controller_of_which_nothing_is_lent_is_never_an_engine() {
     let rig = Rig::new();
     let before = rig.contents();
@@ -145,8 +185,7 @@ fn no_other_block_than_those_lent_is_written_even_if_they_cannot_be_put_back() {
     super::super::exercise::all(&mut assembly, &mut pairs).unwrap();
     // Whatever the engine does at its end, it does without RAM.
     assembly.targets.clear();
-    let member = assembly.members.iter_mut().find(|it| it.lent.is_some());
-    let error = member.unwrap().rest().unwrap_err();
+    let error = assembly.rest().unwrap_err();
     assert!(error.to_string().contains(NVME), "{error:#}");
     drop(assembly);
     let [after, _] = rig.contents();

@@ -1,0 +1,35 @@
+//! Signals to this process, as the machine's power button.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use machine::Controls;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// How long a guest has to turn itself off.
+const GRACE: Duration = Duration::from_secs(30);
+const STEP: Duration = Duration::from_millis(100);
+
+/// Presses the power button at the first signal that asks this process to end, and ends the
+/// machine at the second, or after 30 s.
+pub fn press_for(controls: Controls) -> Result<()> {
+    let mut signals =
+        Signals::new([SIGTERM, SIGINT, SIGHUP]).context("preparing for signals failed")?;
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            if signals.forever().next().is_none() {
+                return;
+            }
+            controls.press_power_button();
+            let pressed = Instant::now();
+            while pressed.elapsed() < GRACE && signals.pending().next().is_none() {
+                thread::sleep(STEP);
+            }
+            controls.end();
+        })
+        .context("starting a thread for signals")?;
+    Ok(())
+}
