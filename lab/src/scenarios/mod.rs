@@ -153,13 +153,16 @@ pub static AMD_IOMMU: Shape = Shape {
     ..EDU_AND_IVSHMEM
 };
 
-/// Of [`ROOT_PORTS`]: the functions behind root ports, each with its reset methods.
-const BEHIND_PORTS: [(&str, &str); 5] = [
+/// Of [`ROOT_PORTS`]: the functions behind root ports, each with its reset methods. One that is not
+/// alone on its bus when the kernel finds it has no `bus`.
+const BEHIND_PORTS: [(&str, &str); 7] = [
     (NVME, "flr bus"),
     (IGB, "flr pm bus"),
     (E1000E, "pm bus"),
     (FAR_EDU, "bus"),
     (FAR_IVSHMEM, "bus"),
+    (ONE_SLOT[0], "flr pm bus"),
+    (ONE_SLOT[1], "flr"),
 ];
 /// Of [`ROOT_PORTS`]: an NVMe with a controller memory buffer of 16 MiB and a disk of 16 MiB.
 const NVME: &str = "0000:01:00.0";
@@ -179,12 +182,12 @@ const ONE_SLOT: [&str; 2] = ["0000:07:00.0", "0000:07:00.1"];
 /// [`EDU_AND_IVSHMEM`] and one root port for each of an NVMe (with a controller memory buffer, and
 /// a disk whose words tell their offsets, see [`crate::disk`]), an igb, an e1000e, another edu and
 /// another ivshmem-plain (1 MiB); one with nothing behind it, `port-d`; and one with a slot of two
-/// functions, `ONE_SLOT`, of which the first one has to name the second one.
+/// functions, an igb and an NVMe, of which the first one has to name the second one.
 ///
 /// Behind a port a function can be pulled out and reset with its bus. Of a port that is faster than
 /// 5 GT/s the kernel wants to see the link come up after that, which QEMU does not report where
-/// devices are plugged in by ACPI: behind `port-8` a reset of the bus is done, and then fails. The ports are `port-8` to
-/// `port-e` and sit at `0000:00:08.0` to `0000:00:0e.0`.
+/// devices are plugged in by ACPI: behind `port-8` a reset of the bus is done, and then fails. The
+/// ports are `port-8` to `port-e` and sit at `0000:00:08.0` to `0000:00:0e.0`.
 pub static ROOT_PORTS: Shape = Shape {
     name: "devices behind root ports",
     iommu: Iommu::Intel,
@@ -237,8 +240,8 @@ pub fn all() -> Vec<&'static Scenario> {
         iommufd_bad_input::ON_THE_STOCK_KERNEL,
         unprivileged::SCENARIOS,
         unsuitable_hosts::SCENARIOS,
-        guest_program::SCENARIOS,
         unsuitable_hosts::BY_IOMMUFD,
+        guest_program::SCENARIOS,
         process_end::SCENARIOS,
     ]
     .into_iter()
