@@ -11,7 +11,7 @@
 //! button comes from a generic event device. There is no keyboard controller, VGA or real-time
 //! clock, and the tables say so, so that nobody looks for them.
 //!
-//! The tables are made from the [`Layout`](crate::layout::Layout) that the machine is made from,
+//! The tables are made from the [`Layout`] that the machine is made from,
 //! lie in RAM that the guest is told is reserved, and are the guest's from then on: whoever starts
 //! the guest anew writes them anew.
 
