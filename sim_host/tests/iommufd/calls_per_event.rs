@@ -132,7 +132,7 @@ fn each_event_takes_as_many_calls_as_the_table_says() {
         assert_eq!(config(COMMAND, &[6, 0]), on, "and has it decode");
 
         let reset = [
-            (ConfigRead, 3),
+            (ConfigRead, 4),
             (ConfigWrite, 1),
             (Reset, 1),
             (IoasUnmap, targets),
