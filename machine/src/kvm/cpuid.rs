@@ -7,15 +7,12 @@ const CACHES: u32 = 0x4;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_2: u32 = 0x1f;
 const ADDRESS_SIZES: u32 = 0x8000_0008;
-const POWER: u32 = 0x8000_0007;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 /// Of [`FEATURES`], in ECX: there is a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
 /// Of [`FEATURES`], in ECX: the local APIC's timer counts to a time stamp.
 const TSC_DEADLINE: u32 = 1 << 24;
-/// Of [`POWER`], in EDX: the time stamp counter runs at one rate, whatever the processor does.
-const INVARIANT_TSC: u32 = 1 << 8;
 /// Of [`FEATURES`], in EDX: the package has more than one processor.
 const SEVERAL: u32 = 1 << 28;
 /// What a processor that does not say has.
@@ -33,13 +30,6 @@ pub(super) fn address_bits(cpuid: &CpuId) -> u8 {
         let bits = if guest == 0 { bits } else { guest };
         bits.clamp(32, 52)
     })
-}
-
-/// Whether the host's time stamp counter runs at one rate. Where it does not, KVM makes up what it
-/// lost, and a timer that counts to a time stamp may never go off: seen on a host that QEMU emulates.
-pub(super) fn has_invariant_tsc(cpuid: &CpuId) -> bool {
-    let mut entries = cpuid.as_slice().iter();
-    entries.any(|entry| entry.function == POWER && entry.edx & INVARIANT_TSC != 0)
 }
 
 /// What processor `number` of `count` says, by what KVM supports. All are cores of one package,

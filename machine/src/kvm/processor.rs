@@ -10,7 +10,7 @@ use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{Cap, VcpuExit, VcpuFd};
 use memory_map::Gpa;
 
-use super::processor_state::{ProcessorState, write_msrs};
+use super::processor_state::{ProcessorState, TSC, write_msrs};
 use super::{KvmError, Vm, cpuid};
 use crate::{Access, Board};
 
@@ -46,8 +46,9 @@ impl Processor {
             .fd
             .create_vcpu(number.into())
             .map_err(|error| KvmError::new("making a processor", error))?;
-        let deadline = vm.fd.check_extension_raw(Cap::TscDeadlineTimer as _) > 0
-            && cpuid::has_invariant_tsc(&vm.cpuid);
+        start_time_stamps(&fd)
+            .map_err(|error| KvmError::new("setting a processor's time stamps", error))?;
+        let deadline = vm.fd.check_extension_raw(Cap::TscDeadlineTimer as _) > 0;
         fd.set_cpuid2(&cpuid::of_processor(&vm.cpuid, number, count, deadline))
             .map_err(|error| KvmError::new("telling a processor what it can do", error))?;
         let caching = kvm_msr_entry {
@@ -179,6 +180,22 @@ fn pieces(length: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     (0..length)
         .step_by(each)
         .map(move |at| at..at.saturating_add(each))
+}
+
+/// Has time stamps run as the host's do, from zero.
+///
+/// That is what KVM does by itself, unless the host has corrected what it knows of its own rate since
+/// KVM was started, and cannot scale: then it goes by the old rate, refuses that, and keeps a factor
+/// of zero. To KVM the guest's time stamp is always zero then, and a timer that is to go off at a time
+/// stamp does so the host's age too late: measured on 7.3.4, in a host that QEMU emulates. A rate of
+/// zero means the host's of now; writing the time stamp has the difference to the host's computed.
+fn start_time_stamps(processor: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    processor.set_tsc_khz(0)?;
+    let zero = kvm_msr_entry {
+        index: TSC,
+        ..Default::default()
+    };
+    write_msrs(processor, &[zero])
 }
 
 /// Sets the local vector table as firmware does.

@@ -9,7 +9,7 @@ use kvm_ioctls::VcpuFd;
 use super::KvmError;
 
 /// The time stamp counter, which goes on over a reset.
-const TSC: u32 = 0x10;
+pub(super) const TSC: u32 = 0x10;
 /// How many registers KVM takes in one call, at least.
 const AT_ONCE: usize = 64;
 
