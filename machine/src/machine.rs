@@ -34,7 +34,7 @@ use crate::guest_ram::{self, GuestRamError};
 use crate::kvm::{KvmError, Processor, Stop, Vm};
 use crate::layout::Layout;
 use crate::pci::Place;
-use crate::platform::{EVENT_GSI, SERIAL_GSI};
+use crate::platform::{EVENT_GSI, RESET_CODE, RESET_VECTOR, SERIAL_GSI};
 use crate::{Hardware, HardwareError, Notices, acpi, boot};
 
 /// How often a processor is told to stop until it has.
@@ -101,8 +101,8 @@ pub enum MachineError {
     /// RAM cannot be filled.
     #[error(transparent)]
     Ram(#[from] GuestRamError),
-    /// The firmware tables do not go into RAM.
-    #[error("writing the firmware tables failed")]
+    /// The firmware's tables and code do not go into RAM.
+    #[error("writing the firmware failed")]
     Write(#[source] GuestMemoryError),
     /// The firmware tables cannot be made.
     #[error(transparent)]
@@ -287,6 +287,7 @@ impl Machine {
         })?;
         memory
             .write_slice(&tables.bytes, GuestAddress(tables.address.raw()))
+            .and_then(|()| memory.write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR.raw())))
             .map_err(MachineError::Write)?;
         let images = boot::Images {
             kernel: &self.images.kernel,

@@ -71,4 +71,13 @@ pub const LOW_WINDOW_SIZE: u64 = 0x2000_0000;
 /// Where firmware tables lie: in the RAM that a PC keeps for them below 1 MiB.
 pub const FIRMWARE_TABLES: Gpa = Gpa::new(0xe_0000);
 /// Where that ends; exclusive.
-pub const FIRMWARE_TABLES_END: Gpa = Gpa::new(0x10_0000);
+pub const FIRMWARE_TABLES_END: Gpa = Gpa::new(0xf_f000);
+/// Where a PC's firmware is entered: old software resets a machine by going there, and so does Linux
+/// where it does not take another way.
+pub const RESET_VECTOR: Gpa = Gpa::new(0xf_fff0);
+/// What is there: 16-bit code that writes [`RESET_VALUE`] to [`RESET_PORT`].
+pub const RESET_CODE: [u8; 9] = {
+    let [low, high] = RESET_PORT.to_le_bytes();
+    // mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; hlt; and once more.
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+};

@@ -144,12 +144,12 @@ fn too_many_processors_are_an_error() {
         assert_eq!(
             error.to_string(),
             format!(
-                "the firmware tables of {cpus} processors take more than the 128 KiB that a PC \
+                "the firmware tables of {cpus} processors take more than the 124 KiB that a PC \
                  has for them: ask for fewer processors"
             )
         );
     }
-    let many = made(8_000).bytes.len();
+    let many = made(7_000).bytes.len();
     assert!(many < 0x2_0000, "{many}");
 }
 
