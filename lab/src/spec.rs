@@ -111,8 +111,8 @@ impl Spec {
     pub(crate) fn arguments(&self, directory: &RunDirectory, image: &Path) -> Vec<OsString> {
         // All processors on one thread: with a thread for each, QEMU 10.0 now and then loses a
         // processor's timer, or aborts (`iotlb_to_section`) when a BAR moves under load. It boots
-        // as fast. A guest's processors, however, wait for each other by turning in circles, and on
-        // one thread make no way.
+        // as fast. A guest in the machine with two processors of its own stands still there, in a
+        // spin lock that nobody holds: so with guests each has a thread.
         let accelerator = if self.guest {
             "tcg,thread=multi"
         } else {

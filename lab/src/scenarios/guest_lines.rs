@@ -36,6 +36,11 @@ impl GuestLines {
         })
     }
 
+    /// All that was found.
+    pub fn all(&self) -> Value {
+        Value::Array(self.lines.clone())
+    }
+
     /// The steps that were done, in order.
     pub fn steps(&self) -> Vec<&str> {
         let steps = self.lines.iter().map(|line| line.get("step")?.as_str());

@@ -22,6 +22,7 @@ mod footprint;
 mod guest_lines;
 mod kernel_log;
 mod p2p_run;
+mod vm_run;
 
 pub mod bad_input;
 pub mod contract_suite;
@@ -41,6 +42,7 @@ pub mod process_end;
 pub mod resets;
 pub mod unprivileged;
 pub mod unsuitable_hosts;
+pub mod virtual_machine;
 
 use std::borrow::Cow;
 
@@ -218,6 +220,35 @@ pub static ROOT_PORTS: Shape = Shape {
     guest: false,
 };
 
+/// Of [`VIRTUAL_MACHINE`]: another peer with real memory.
+const VM_IVSHMEM: &str = "0000:00:07.0";
+
+/// For a guest of `throughway run`: [`EDU_AND_IVSHMEM`], another ivshmem-plain (1 MiB), and behind
+/// root ports an NVMe as in [`ROOT_PORTS`] and an igb. It holds what a guest boots from.
+pub static VIRTUAL_MACHINE: Shape = Shape {
+    name: "for a virtual machine",
+    iommu: Iommu::Intel,
+    disks: &[Disk {
+        id: Cow::Borrowed("disk0"),
+        mib: 16,
+    }],
+    objects: &[
+        MEMORY_OF_06,
+        "memory-backend-memfd,id=other,size=1M,share=on",
+    ],
+    devices: &[
+        EDU_05,
+        IVSHMEM_06,
+        "ivshmem-plain,memdev=other,addr=07.0",
+        "pcie-root-port,id=port-8,slot=8,chassis=8,addr=08.0",
+        "pcie-root-port,id=port-9,slot=9,chassis=9,addr=09.0",
+        "nvme,id=nvme,bus=port-8,serial=lab,drive=disk0,cmb_size_mb=16",
+        "igb,id=igb,bus=port-9",
+    ],
+    kernel_options: &[],
+    guest: true,
+};
+
 /// All scenarios, in the order in which they are run.
 #[must_use]
 pub fn all() -> Vec<&'static Scenario> {
@@ -242,6 +273,7 @@ pub fn all() -> Vec<&'static Scenario> {
         unsuitable_hosts::SCENARIOS,
         unsuitable_hosts::BY_IOMMUFD,
         guest_program::SCENARIOS,
+        virtual_machine::SCENARIOS,
         process_end::SCENARIOS,
     ]
     .into_iter()

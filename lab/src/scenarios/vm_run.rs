@@ -1,0 +1,148 @@
+//! One run of `throughway run`, with the program `guest` in it.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use super::guest_lines::GuestLines;
+use crate::channel::Status;
+use crate::initramfs::{GUEST_INITRD, GUEST_KERNEL};
+use crate::scenario::{Bench, ScenarioError, ensure};
+
+/// How long a guest may take, all its boots together.
+const LIMIT: Duration = Duration::from_secs(420);
+/// How long a guest may take until it says that it waits, in seconds.
+const WAIT_LIMIT: u32 = 400;
+/// Where a run in the background writes to.
+const CONSOLE: &str = "/tmp/vm-console";
+const SAID: &str = "/tmp/vm-said";
+
+/// A number that no other run has: a guest that is booted more than once counts its boots under it.
+fn next_run() -> u32 {
+    static LAST: AtomicU32 = AtomicU32::new(0);
+    LAST.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+}
+
+/// What is run.
+#[derive(Debug, Clone, Copy)]
+pub struct VmRun<'a> {
+    /// How the IOMMU is programmed: `type1` or `iommufd`.
+    pub iommu: &'a str,
+    /// The functions.
+    pub devices: &'a [&'a str],
+    /// The guest's steps, see the program `guest`.
+    pub steps: &'a str,
+    /// The guest's kernel.
+    pub kernel: &'a str,
+}
+
+impl<'a> VmRun<'a> {
+    /// Two processors, 512 MiB, the nested machine's own kernel.
+    pub fn new(iommu: &'a str, devices: &'a [&'a str], steps: &'a str) -> Self {
+        Self {
+            iommu,
+            devices,
+            steps,
+            kernel: GUEST_KERNEL,
+        }
+    }
+
+    /// The program and its arguments. `run` tells runs apart whose guests are booted more than once.
+    fn argv(&self, run: u32) -> Vec<String> {
+        let command_line = format!(
+            "console=ttyS0 quiet panic=-1 throughway.steps={} throughway.run={run}",
+            self.steps
+        );
+        let mut argv: Vec<String> = [
+            "throughway",
+            "run",
+            "--kernel",
+            self.kernel,
+            "--initrd",
+            GUEST_INITRD,
+            "--memory",
+            "size=512M",
+            "--cpus",
+            "2",
+            "--iommu",
+            self.iommu,
+            "--cmdline",
+            &command_line,
+        ]
+        .map(str::to_owned)
+        .into();
+        for device in self.devices {
+            argv.extend(["--device".to_owned(), (*device).to_owned()]);
+        }
+        argv
+    }
+
+    /// Runs it to its end.
+    pub fn run(&self, bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
+        bench.forget_faults()?;
+        let argv = self.argv(next_run());
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        let output = bench.machine().run(&argv, LIMIT)?;
+        Ok(VmEnd {
+            status: output.status,
+            lines: GuestLines::read(&output.stdout_text())?,
+            said: output.stderr_text(),
+        })
+    }
+
+    /// Runs it to its end, which must be the guest's turning itself off after all these steps.
+    pub fn run_well(&self, bench: &mut Bench, steps: &[&str]) -> Result<GuestLines, ScenarioError> {
+        let end = self.run(bench)?;
+        ensure(end.status.success(), || {
+            format!("ended with {}: {}\n{:?}", end.status, end.said, end.lines)
+        })?;
+        end.lines.ensure_steps(steps)?;
+        Ok(end.lines)
+    }
+
+    /// Starts it and waits until the guest waits, with what it has said until then. It has to be
+    /// ended with [`kill`].
+    pub fn start(&self, bench: &mut Bench) -> Result<GuestLines, ScenarioError> {
+        bench.forget_faults()?;
+        let argv = self.argv(next_run());
+        let quoted: Vec<String> = argv.iter().map(|word| format!("'{word}'")).collect();
+        let script = format!(
+            "{} < /dev/null > {CONSOLE} 2> {SAID} &
+             pid=$!
+             for second in $(seq {WAIT_LIMIT}); do
+                 if grep -q '\"how\":\"wait\"' {CONSOLE}; then cat {CONSOLE}; exit 0; fi
+                 if ! kill -0 $pid; then break; fi
+                 sleep 1
+             done
+             cat {CONSOLE} {SAID} >&2
+             exit 1",
+            quoted.join(" ")
+        );
+        let output = bench.machine().run(&["sh", "-uc", &script], LIMIT)?;
+        ensure(output.status.success(), || {
+            format!("the guest does not wait: {}", output.stderr_text())
+        })?;
+        GuestLines::read(&output.stdout_text())
+    }
+}
+
+/// How it ended, and what was said.
+#[derive(Debug)]
+pub struct VmEnd {
+    /// How.
+    pub status: Status,
+    /// What the guest's program said.
+    pub lines: GuestLines,
+    /// What `throughway run` said on its standard error.
+    pub said: String,
+}
+
+/// Ends the machine that was started in the background, with a signal, and waits until it has
+/// ended.
+pub fn kill(bench: &mut Bench, signal: &str) -> Result<(), ScenarioError> {
+    bench.shell(&format!(
+        "pid=$(pidof throughway)
+         kill -{signal} $pid
+         while kill -0 $pid 2>/dev/null; do usleep 20000; done"
+    ))?;
+    Ok(())
+}
