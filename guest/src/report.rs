@@ -21,6 +21,8 @@ pub fn say(step: &str, ok: bool, findings: Findings) {
     let line = format!("{MARK}{}\n", Value::Object(object));
     let mut out = std::io::stdout().lock();
     let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+    // All of it is out before the kernel says anything more. Only a terminal can be waited for.
+    let _ = rustix::termios::tcdrain(&out);
 }
 
 /// Prints that a step failed, and why.
