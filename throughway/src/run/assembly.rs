@@ -15,6 +15,7 @@ use memory_map::{Backing, IovaRange, RegionManager, TargetHandle, TargetOptions}
 use vfio_sys::Bdf;
 
 use super::RunArgs;
+use super::reach_watch::ReachWatch;
 use super::report::{Function, Pair, RunReport};
 use crate::p2p::assembly::Announced;
 use crate::p2p::choice::{Choice, Kind};
@@ -211,8 +212,18 @@ impl Assembly {
         Ok(pairs)
     }
 
+    /// From now on says so when a function cannot reach what it may.
+    pub fn watch(&self, notices: &Arc<Notices>) -> Result<ReachWatch> {
+        ReachWatch::new(&self.map, notices.clone())
+    }
+
     /// Makes the machine, with RAM for everyone.
-    pub fn power_on(&mut self, args: &RunArgs, images: Images) -> Result<Machine> {
+    pub fn power_on(
+        &mut self,
+        args: &RunArgs,
+        images: Images,
+        notices: Arc<Notices>,
+    ) -> Result<Machine> {
         let vm = self.vm.take().context("the machine was made already")?;
         let names: BTreeMap<String, String> = self
             .members
@@ -235,7 +246,7 @@ impl Assembly {
             processors: args.cpus,
             images,
             console: Box::new(console),
-            notices: Arc::new(Notices::new(|line| eprint!("throughway: {line}\r\n"))),
+            notices,
         })?;
         Ok(machine)
     }

@@ -3,6 +3,7 @@
 mod assembly;
 mod device;
 mod memory;
+mod reach_watch;
 mod report;
 mod signals;
 mod terminal;
@@ -11,11 +12,12 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use machine::kvm::Hypervisor;
-use machine::{Ended, Images};
+use machine::{Ended, Images, Notices};
 use serde_json::json;
 use vfio_sys::Bdf;
 
@@ -132,7 +134,9 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             });
         }
     }
-    let mut machine = assembly.power_on(args, images)?;
+    let notices = Arc::new(Notices::new(|line| eprint!("throughway: {line}\r\n")));
+    let watch = assembly.watch(&notices)?;
+    let mut machine = assembly.power_on(args, images, notices)?;
     let controls = machine.controls();
     signals::press_for(controls.clone())?;
     let terminal = RawTerminal::take()?;
@@ -141,6 +145,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     drop(terminal);
     let ended = ended?;
     drop(machine);
+    drop(watch);
     assembly.end()?;
     Ok(tell(&ended, args.json))
 }
