@@ -3,9 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use machine::platform::{ECAM, ECAM_SIZE, IO_APIC, KVM_PAGES};
 use memory_map::{Access, Reach, Reason};
 
-use crate::rig::{APERTURE_LAST, Behind, PAGE, Part, RESERVED, Rig};
+use crate::rig::{APERTURE_LAST, Behind, PAGE, Part, RAM_SIZE, RESERVED, Rig};
 
 /// Of which object a page is, and where in it.
 type Pages = BTreeMap<u64, (String, u64)>;
@@ -50,8 +51,16 @@ pub fn compare(rig: &Rig) -> Findings {
         differ(held, &by_view, &format!("{name}, view"), &mut findings);
         let by_reach = by_reach(rig, target.id(), &mut findings);
         differ(held, &by_reach, &format!("{name}, reach"), &mut findings);
-        let bars = held.values().filter(|(label, _)| label != "ram0");
-        findings.bar_pages += bars.count();
+        let ram = held.values().filter(|(label, _)| label == "ram0").count();
+        if ram as u64 != 2 * RAM_SIZE / PAGE {
+            findings.wrong.push(format!("{name}: {ram} pages of RAM"));
+        }
+        for at in held.keys().filter(|at| is_platform(**at)) {
+            findings
+                .wrong
+                .push(format!("{name}: {at:#x} is the platform's"));
+        }
+        findings.bar_pages += held.len() - ram;
     }
     findings
 }
@@ -79,6 +88,13 @@ fn differ(held: &Pages, said: &Pages, what: &str, findings: &mut Findings) {
 fn is_allowed(page: u64) -> bool {
     let reserved = |(start, size): &(u64, u64)| (*start..start + size).contains(&page);
     page <= APERTURE_LAST && !RESERVED.iter().any(reserved)
+}
+
+/// Whether a page is one that the machine keeps to itself.
+fn is_platform(page: u64) -> bool {
+    let ecam = ECAM.raw()..ECAM.raw() + ECAM_SIZE;
+    let apics = [IO_APIC.raw(), KVM_PAGES.raw()];
+    ecam.contains(&page) || apics.contains(&page)
 }
 
 /// Whether the page at this offset of a region can be mapped.
