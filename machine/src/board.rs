@@ -21,6 +21,7 @@ pub trait Board: Send + Sync {
     fn memory(&self, gpa: Gpa, access: Access<'_>);
 
     /// The hypervisor could not get at the memory behind a slot (`EFAULT`): at this address, if it
-    /// can tell. Whether it is worth trying again.
-    fn memory_fault(&self, gpa: Option<Gpa>) -> bool;
+    /// can tell. `before` is how often in a row that has happened to this processor already. Whether
+    /// it is worth trying again.
+    fn memory_fault(&self, gpa: Option<Gpa>, before: u32) -> bool;
 }

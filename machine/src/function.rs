@@ -9,6 +9,10 @@ use memory_map::{Errno, Gpa, RegionId};
 use crate::notices::ErrorChain;
 use crate::{Access, Notices, pci};
 
+/// The command register, and its bit that says that memory is decoded (PCI Local Bus 3.0, 6.2.2).
+const COMMAND: u16 = 0x04;
+const COMMAND_MEMORY: u8 = 1 << 1;
+
 /// An assigned function that the machine has.
 #[derive(Debug, Clone)]
 pub(crate) struct Guests {
@@ -67,6 +71,19 @@ impl Guests {
             .host_errors
             .retain(|error| !(error.call == HostCall::Reset && error.errno == none));
         self.note(&outcome);
+    }
+
+    /// Whether it shows BARs that the host's side does not decode, so that nobody can get at them.
+    pub(crate) fn is_dead(&self) -> bool {
+        let shows = self.function.bars().iter().any(|bar| bar.enabled);
+        let host = self.function.host();
+        // A virtual function decodes whatever its register says.
+        if !shows || host.is_virtual() {
+            return false;
+        }
+        let mut command = [0; 2];
+        let gone = host.config_read(COMMAND, &mut command).is_err() || command == [0xff; 2];
+        gone || command[0] & COMMAND_MEMORY == 0
     }
 
     /// Looks again what of it the host has taken away.

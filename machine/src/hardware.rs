@@ -15,7 +15,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use assigned_pci::{AssignedFunction, BarIndex};
@@ -36,8 +35,8 @@ use crate::{Access, Board, Notices};
 const RAM_PRIORITY: Priority = Priority(100);
 /// And the platform over both.
 const PLATFORM_PRIORITY: Priority = Priority(200);
-/// How often in a row memory behind a slot may not be had before the machine gives up, and how
-/// long it waits each time.
+/// How often in a row memory behind a slot may not be had by one processor before the machine gives
+/// up, and how long it waits each time.
 const MOST_FAULTS: u32 = 1000;
 const BETWEEN_FAULTS: Duration = Duration::from_millis(1);
 /// After how many of them in a row it is looked for a device that does not answer.
@@ -64,7 +63,7 @@ pub type Asked = Box<dyn Fn(Request) + Send + Sync>;
 pub struct Hardware {
     map: RegionManager,
     root: Root,
-    chipset: Chipset,
+    chipset: Arc<Chipset>,
     functions: Vec<Guests>,
     places: Vec<Place>,
     /// Which function's, and which of its BARs.
@@ -75,7 +74,6 @@ pub struct Hardware {
     ecam: RegionId,
     asked: Asked,
     notices: Arc<Notices>,
-    faults: AtomicU32,
 }
 
 impl Hardware {
@@ -144,7 +142,7 @@ impl Hardware {
         Ok(Self {
             map,
             root,
-            chipset,
+            chipset: Arc::new(chipset),
             functions,
             places,
             bars,
@@ -153,13 +151,12 @@ impl Hardware {
             ecam,
             asked,
             notices,
-            faults: AtomicU32::new(0),
         })
     }
 
     /// The chipset.
     #[must_use]
-    pub const fn chipset(&self) -> &Chipset {
+    pub const fn chipset(&self) -> &Arc<Chipset> {
         &self.chipset
     }
 
@@ -201,11 +198,7 @@ impl Hardware {
         let mut change = self.map.change();
         let mut any = false;
         for function in &self.functions {
-            let dead = function.function().bars().into_iter().find(|bar| {
-                let host = function.function().host();
-                bar.enabled && host.bar_read(bar.index, 0, &mut [0]).is_err()
-            });
-            if dead.is_none() {
+            if !function.is_dead() {
                 continue;
             }
             any = true;
@@ -234,7 +227,6 @@ impl Board for Hardware {
     }
 
     fn memory(&self, gpa: Gpa, mut access: Access<'_>) {
-        self.faults.store(0, Ordering::Relaxed);
         if let Access::Read(data) = &mut access {
             data.fill(0xff);
         }
@@ -266,18 +258,15 @@ impl Board for Hardware {
         }
     }
 
-    fn memory_fault(&self, _: Option<Gpa>) -> bool {
-        let faults = self.faults.fetch_add(1, Ordering::Relaxed);
-        if faults == 0 {
+    fn memory_fault(&self, _: Option<Gpa>, before: u32) -> bool {
+        if before == 0 {
             for function in &self.functions {
                 function.look_again();
             }
-        } else if faults >= PATIENCE && self.take_away_the_dead() {
-            self.faults.store(0, Ordering::Relaxed);
-        } else {
+        } else if before < PATIENCE || !self.take_away_the_dead() {
             std::thread::sleep(BETWEEN_FAULTS);
         }
-        faults < MOST_FAULTS
+        before < MOST_FAULTS
     }
 }
 

@@ -137,7 +137,8 @@ pub enum Ended {
 /// What others may do to a running machine. Clones are handles on the same.
 #[derive(Debug, Clone)]
 pub struct Controls {
-    hardware: Arc<Hardware>,
+    /// Not the functions with it: they end with the machine, whoever still has controls.
+    chipset: Arc<Chipset>,
     told: Arc<AtomicBool>,
     events: Sender<Event>,
 }
@@ -145,7 +146,7 @@ pub struct Controls {
 impl Controls {
     /// Presses the power button; what comes of it is up to the guest.
     pub fn press_power_button(&self) {
-        self.hardware.chipset().press_power_button();
+        self.chipset.press_power_button();
     }
 
     /// Ends the machine, as pulling the plug would.
@@ -157,7 +158,7 @@ impl Controls {
 
     /// Types on the serial console.
     pub fn type_in(&self, typed: &[u8]) {
-        self.hardware.chipset().type_in(typed);
+        self.chipset.type_in(typed);
     }
 }
 
@@ -222,7 +223,7 @@ impl Machine {
             processors.push(parts.vm.processor(number, parts.processors)?);
         }
         let controls = Controls {
-            hardware: hardware.clone(),
+            chipset: hardware.chipset().clone(),
             told: Arc::default(),
             events: sender,
         };

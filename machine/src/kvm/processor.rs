@@ -22,6 +22,9 @@ const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 /// them to: interrupts of the old controller, and NMI.
 const LOCAL_PINS: [(usize, u32); 2] = [(0x350, 7 << 8), (0x360, 4 << 8)];
 
+/// Where a processor begins (Intel's manual, volume 3, 10.1.4).
+const INIT_VECTOR: u64 = 0xffff_fff0;
+
 /// Why a processor does not run on.
 #[derive(Debug)]
 pub enum Stop {
@@ -93,21 +96,43 @@ impl Processor {
     /// Runs the guest until `stop` is set. A signal whose handler returns makes it look; one that
     /// comes just before KVM is entered is lost, so whoever stops it sends signals until it has.
     pub fn run(&mut self, board: &dyn Board, stop: &AtomicBool) -> Stop {
+        let mut faults = 0;
         while !stop.load(Ordering::Acquire) {
-            match self.fd.run() {
+            let fault = match self.fd.run() {
+                Ok(VcpuExit::MemoryFault { gpa, .. }) => Some(Gpa::new(gpa)),
                 Ok(exit) => {
+                    faults = 0;
                     if let Some(stop) = carry_out(exit, board) {
-                        return stop;
+                        return self.reset_or(stop);
                     }
+                    continue;
                 }
                 Err(error) => match error.errno() {
-                    libc::EINTR | libc::EAGAIN => {}
-                    libc::EFAULT if board.memory_fault(None) => {}
+                    libc::EINTR | libc::EAGAIN => continue,
+                    libc::EFAULT => None,
                     _ => return Stop::Failed(format!("KVM does not run it: {error}")),
                 },
+            };
+            if !board.memory_fault(fault, faults) {
+                return Stop::Failed("memory behind a slot cannot be had".to_owned());
             }
+            faults = faults.saturating_add(1);
         }
         self.finish_access(board)
+    }
+
+    /// What a stop means. A processor that was told to begin anew (INIT) begins at an address where
+    /// a PC has its firmware, and this machine has nothing: that is a reset.
+    fn reset_or(&self, stop: Stop) -> Stop {
+        let begins = match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(general), Ok(special)) => special.cs.base.wrapping_add(general.rip),
+            _ => return stop,
+        };
+        if begins == INIT_VECTOR {
+            Stop::Shutdown
+        } else {
+            stop
+        }
     }
 
     /// Has KVM finish what it handed over: the access is complete, and the instruction over, only
@@ -148,12 +173,6 @@ fn carry_out(exit: VcpuExit<'_>, board: &dyn Board) -> Option<Stop> {
         }
         VcpuExit::MmioRead(gpa, data) => board.memory(Gpa::new(gpa), Access::Read(data)),
         VcpuExit::MmioWrite(gpa, data) => board.memory(Gpa::new(gpa), Access::Write(data)),
-        VcpuExit::MemoryFault { gpa, .. } => {
-            if !board.memory_fault(Some(Gpa::new(gpa))) {
-                let why = format!("memory at {gpa:#x} cannot be had");
-                return Some(Stop::Failed(why));
-            }
-        }
         VcpuExit::Shutdown => return Some(Stop::Shutdown),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {}
         VcpuExit::FailEntry(reason, _) => {

@@ -10,6 +10,8 @@ use super::KvmError;
 
 /// The time stamp counter, which goes on over a reset.
 pub(super) const TSC: u32 = 0x10;
+/// Whether guests may be run (`IA32_FEATURE_CONTROL`, Intel's processors).
+const FEATURE_CONTROL: u32 = 0x3a;
 /// How many registers KVM takes in one call, at least.
 const AT_ONCE: usize = 64;
 
@@ -48,11 +50,19 @@ impl ProcessorState {
     /// Makes the processor what it was. It must not run meanwhile.
     pub(super) fn write(&self, processor: &VcpuFd) -> Result<(), KvmError> {
         let failed = |error| KvmError::new("setting a processor's state", error);
+        // A guest may have left while it ran guests of its own: that ends with this register, and
+        // changes what the others may be.
+        let features = self.model_specific.iter();
+        let features: Vec<_> = features
+            .filter(|entry| entry.index == FEATURE_CONTROL)
+            .copied()
+            .collect();
+        write_msrs(processor, &features).map_err(failed)?;
         // What runs comes first, so that an interrupt controller that is set afterwards does not
         // wake a processor that is to sleep.
         processor.set_mp_state(self.running).map_err(failed)?;
-        processor.set_regs(&self.registers).map_err(failed)?;
         processor.set_sregs(&self.segments).map_err(failed)?;
+        processor.set_regs(&self.registers).map_err(failed)?;
         write_xsave(processor, &self.extended).map_err(failed)?;
         processor.set_xcrs(&self.extended_control).map_err(failed)?;
         processor.set_debug_regs(&self.debug).map_err(failed)?;

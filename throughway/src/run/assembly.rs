@@ -1,12 +1,11 @@
 //! Functions, address spaces and a machine, put together.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use assigned_pci::{AssignedFunction, FunctionOptions, Windows, place_bars};
 use machine::kvm::{AssignedFiles, Hypervisor, Vm};
 use machine::layout::{Layout, Wanted};
@@ -15,6 +14,7 @@ use memory_map::{Backing, IovaRange, RegionManager, TargetHandle, TargetOptions}
 use vfio_sys::Bdf;
 
 use super::RunArgs;
+use super::outlet::Outlet;
 use super::reach_watch::ReachWatch;
 use super::report::{Function, Pair, RunReport};
 use crate::p2p::assembly::Announced;
@@ -160,15 +160,20 @@ impl Assembly {
             .collect();
         let low = self.layout.low_window();
         let high = self.layout.high_window().unwrap_or(low);
-        let placed = place_bars(&functions, Windows { low, high })?;
-        if let Some(error) = placed.outcome.host_errors.first() {
-            return Err(*error).context("placing the BARs");
+        let pairs = place_bars(&functions, Windows { low, high })
+            .map_err(Error::from)
+            .and_then(|placed| match placed.outcome.host_errors.first() {
+                Some(error) => Err(*error).context("placing the BARs"),
+                None => self.pairs(),
+            });
+        // However that ended. Not every function has a reset; it is quiet all the same.
+        for function in &functions {
+            let _quiet: assigned_pci::Outcome = function.quiesce();
         }
-        let pairs = self.pairs()?;
-        for member in &self.members {
-            // Not every function has a reset. It is quiet all the same.
-            let _reset: assigned_pci::Outcome = member.function.reset();
+        for function in &functions {
+            let _reset: assigned_pci::Outcome = function.reset();
         }
+        let pairs = pairs?;
         let name_of = |space: usize| self.spaces.get(space).map(|(name, _)| name.clone());
         Ok(RunReport {
             iommu: self.choice.clone(),
@@ -222,6 +227,7 @@ impl Assembly {
         &mut self,
         args: &RunArgs,
         images: Images,
+        console: Outlet,
         notices: Arc<Notices>,
     ) -> Result<Machine> {
         let vm = self.vm.take().context("the machine was made already")?;
@@ -234,8 +240,6 @@ impl Assembly {
             names.len() == self.members.len(),
             "two functions of one name"
         );
-        let console = io::stdout().as_fd().try_clone_to_owned();
-        let console = File::from(console.context("opening standard output again")?);
         let functions = self.members.iter().map(|member| member.function.clone());
         let machine = Machine::new(Parts {
             vm,

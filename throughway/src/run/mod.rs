@@ -3,6 +3,7 @@
 mod assembly;
 mod device;
 mod memory;
+mod outlet;
 mod reach_watch;
 mod report;
 mod signals;
@@ -10,6 +11,7 @@ mod terminal;
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use vfio_sys::Bdf;
 use self::assembly::Assembly;
 use self::device::Device;
 use self::memory::Memory;
+use self::outlet::Outlet;
 use self::terminal::RawTerminal;
 use crate::p2p::choice::Iommu;
 use crate::p2p::policy::{P2pChoice, Policy};
@@ -37,8 +40,9 @@ use crate::p2p::policy::{P2pChoice, Policy};
 /// one, or 30 seconds, end the machine. Functions are reset before the guest gets them, when it is
 /// reset, and at the end.
 ///
-/// The exit status is 0 if the guest turned itself off or was told to end, 1 if it could not go on,
-/// 3 if its kernel panicked, 2 if the machine could not be started or makes no sense.
+/// The exit status is 0 if the guest turned itself off or was told to end, 1 if it could not go on
+/// (with --dry-run: if not everyone reaches whom --p2p required says), 3 if its kernel panicked, 2 if
+/// the machine could not be started, or could not be begun anew when the guest reset it.
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// The guest's kernel: a bzImage, or an ELF file with an entry for PVH
@@ -134,9 +138,17 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             });
         }
     }
-    let notices = Arc::new(Notices::new(|line| eprint!("throughway: {line}\r\n")));
+    let console = Outlet::new(io::stdout())?;
+    let said = Outlet::new(io::stderr())?;
+    let notices = {
+        let said = said.clone();
+        Arc::new(Notices::new(move |line| {
+            // An outlet takes everything.
+            let _said = write!(said.clone(), "throughway: {line}\r\n");
+        }))
+    };
     let watch = assembly.watch(&notices)?;
-    let mut machine = assembly.power_on(args, images, notices)?;
+    let mut machine = assembly.power_on(args, images, console.clone(), notices)?;
     let controls = machine.controls();
     signals::press_for(controls.clone())?;
     let terminal = RawTerminal::take()?;
@@ -146,8 +158,19 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let ended = ended?;
     drop(machine);
     drop(watch);
-    assembly.end()?;
-    Ok(tell(&ended, args.json))
+    console.drain();
+    said.drain();
+    let status = tell(&ended, args.json);
+    if let Err(error) = assembly.end() {
+        say(&format!("throughway: {error:#}"));
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(status)
+}
+
+/// Says something on standard error, if anybody listens.
+fn say(text: &str) {
+    let _unheard = writeln!(io::stderr(), "{text}");
 }
 
 /// Says how the machine ended, and with which status.
@@ -167,7 +190,7 @@ fn tell(ended: &Ended, json: bool) -> ExitCode {
             json!({ "ended": how, "text": text, "status": status })
         );
     } else {
-        eprintln!("throughway: {text}");
+        say(&format!("throughway: {text}"));
     }
     ExitCode::from(status)
 }

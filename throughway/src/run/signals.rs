@@ -10,6 +10,8 @@ use signal_hook::iterator::Signals;
 
 /// How long a guest has to turn itself off.
 const GRACE: Duration = Duration::from_secs(30);
+/// With which status this process ends at the third signal, if the machine has not ended by then.
+const GIVEN_UP: u8 = 1;
 const STEP: Duration = Duration::from_millis(100);
 
 /// Presses the power button at the first signal that asks this process to end, and ends the
@@ -29,6 +31,10 @@ pub fn press_for(controls: Controls) -> Result<()> {
                 thread::sleep(STEP);
             }
             controls.end();
+            // Whoever insists is not kept waiting. The kernel resets what is given back to it.
+            if signals.forever().next().is_some() {
+                std::process::exit(i32::from(GIVEN_UP));
+            }
         })
         .context("starting a thread for signals")?;
     Ok(())

@@ -56,10 +56,10 @@ pub fn type_for(controls: Controls, is_terminal: bool) -> Result<()> {
                     return;
                 };
                 let (typed, quit) = keys.sort(typed);
-                controls.type_in(&typed);
                 if quit {
                     controls.end();
                 }
+                controls.type_in(&typed);
             }
         })
         .context("starting a thread for the keyboard")?;
