@@ -9,7 +9,7 @@ use crate::initramfs::{GUEST_INITRD, GUEST_KERNEL};
 use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
-const LIMIT: Duration = Duration::from_secs(420);
+const LIMIT: Duration = Duration::from_secs(240);
 /// How long a guest may take until it says that it waits, in seconds.
 const WAIT_LIMIT: u32 = 400;
 /// Where a run in the background writes to.
