@@ -10,7 +10,8 @@ use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
 const LIMIT: Duration = Duration::from_secs(240);
-/// How long a guest may take until it says that it waits, in seconds.
+/// How long a guest is waited for until it says that it waits, in seconds: longer than [`LIMIT`],
+/// which is how it ends where it does not.
 const WAIT_LIMIT: u32 = 400;
 /// Where a run in the background writes to.
 const CONSOLE: &str = "/tmp/vm-console";
