@@ -15,12 +15,12 @@ const COMMAND_MEMORY: u8 = 1 << 1;
 
 /// An assigned function that the machine has.
 #[derive(Debug, Clone)]
-pub(crate) struct Guests {
+pub(crate) struct GuestFunction {
     function: Arc<AssignedFunction>,
     notices: Arc<Notices>,
 }
 
-impl Guests {
+impl GuestFunction {
     pub(crate) const fn new(function: Arc<AssignedFunction>, notices: Arc<Notices>) -> Self {
         Self { function, notices }
     }
@@ -96,7 +96,7 @@ impl Guests {
     }
 }
 
-impl pci::ConfigSpace for Guests {
+impl pci::ConfigSpace for GuestFunction {
     fn read(&self, offset: u16, data: &mut [u8]) {
         if let Some(error) = self.function.config_read(offset, data) {
             let what = "a read of config space is refused";

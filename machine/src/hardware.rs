@@ -25,7 +25,7 @@ use memory_map::{
 };
 
 use crate::chipset::{Chipset, Request};
-use crate::function::Guests;
+use crate::function::GuestFunction;
 use crate::layout::RamPiece;
 use crate::pci::{ConfigAddress, NoRoom, Place, Root};
 use crate::platform::{ECAM, ECAM_SIZE, IO_APIC, KVM_PAGES, LOCAL_APIC};
@@ -64,7 +64,7 @@ pub struct Hardware {
     map: RegionManager,
     root: Root,
     chipset: Arc<Chipset>,
-    functions: Vec<Guests>,
+    functions: Vec<GuestFunction>,
     places: Vec<Place>,
     /// Which function's, and which of its BARs.
     bars: BTreeMap<RegionId, (usize, BarIndex)>,
@@ -131,7 +131,7 @@ impl Hardware {
         let mut bars = BTreeMap::new();
         let functions: Vec<_> = functions
             .into_iter()
-            .map(|function| Guests::new(function, notices.clone()))
+            .map(|function| GuestFunction::new(function, notices.clone()))
             .collect();
         for (index, function) in functions.iter().enumerate() {
             places.push(root.add(Arc::new(function.clone()))?);
@@ -258,7 +258,7 @@ impl Board for Hardware {
         }
     }
 
-    fn memory_fault(&self, _: Option<Gpa>, before: u32) -> bool {
+    fn memory_fault(&self, before: u32) -> bool {
         if before == 0 {
             for function in &self.functions {
                 function.look_again();

@@ -10,13 +10,6 @@ use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
 const LIMIT: Duration = Duration::from_secs(240);
-/// How long a guest is waited for until it says that it waits, in seconds: longer than [`LIMIT`],
-/// which is how it ends where it does not.
-const WAIT_LIMIT: u32 = 400;
-/// Where a run in the background writes to.
-const CONSOLE: &str = "/tmp/vm-console";
-const SAID: &str = "/tmp/vm-said";
-
 /// A number that no other run has: a guest that is booted more than once counts its boots under it.
 fn next_run() -> u32 {
     static LAST: AtomicU32 = AtomicU32::new(0);
@@ -99,31 +92,6 @@ impl<'a> VmRun<'a> {
         end.lines.ensure_steps(steps)?;
         Ok(end.lines)
     }
-
-    /// Starts it and waits until the guest waits, with what it has said until then. It has to be
-    /// ended with [`kill`].
-    pub fn start(&self, bench: &mut Bench) -> Result<GuestLines, ScenarioError> {
-        bench.forget_faults()?;
-        let argv = self.argv(next_run());
-        let quoted: Vec<String> = argv.iter().map(|word| format!("'{word}'")).collect();
-        let script = format!(
-            "{} < /dev/null > {CONSOLE} 2> {SAID} &
-             pid=$!
-             for second in $(seq {WAIT_LIMIT}); do
-                 if grep -q '\"how\":\"wait\"' {CONSOLE}; then cat {CONSOLE}; exit 0; fi
-                 if ! kill -0 $pid; then break; fi
-                 sleep 1
-             done
-             cat {CONSOLE} {SAID} >&2
-             exit 1",
-            quoted.join(" ")
-        );
-        let output = bench.machine().run(&["sh", "-uc", &script], LIMIT)?;
-        ensure(output.status.success(), || {
-            format!("the guest does not wait: {}", output.stderr_text())
-        })?;
-        GuestLines::read(&output.stdout_text())
-    }
 }
 
 /// How it ended, and what was said.
@@ -135,15 +103,4 @@ pub struct VmEnd {
     pub lines: GuestLines,
     /// What `throughway run` said on its standard error.
     pub said: String,
-}
-
-/// Ends the machine that was started in the background, with a signal, and waits until it has
-/// ended.
-pub fn kill(bench: &mut Bench, signal: &str) -> Result<(), ScenarioError> {
-    bench.shell(&format!(
-        "pid=$(pidof throughway)
-         kill -{signal} $pid
-         while kill -0 $pid 2>/dev/null; do usleep 20000; done"
-    ))?;
-    Ok(())
 }

@@ -98,8 +98,8 @@ impl Processor {
     pub fn run(&mut self, board: &dyn Board, stop: &AtomicBool) -> Stop {
         let mut faults = 0;
         while !stop.load(Ordering::Acquire) {
-            let fault = match self.fd.run() {
-                Ok(VcpuExit::MemoryFault { gpa, .. }) => Some(Gpa::new(gpa)),
+            match self.fd.run() {
+                Ok(VcpuExit::MemoryFault { .. }) => {}
                 Ok(exit) => {
                     faults = 0;
                     if let Some(stop) = carry_out(exit, board) {
@@ -109,11 +109,11 @@ impl Processor {
                 }
                 Err(error) => match error.errno() {
                     libc::EINTR | libc::EAGAIN => continue,
-                    libc::EFAULT => None,
+                    libc::EFAULT => {}
                     _ => return Stop::Failed(format!("KVM does not run it: {error}")),
                 },
-            };
-            if !board.memory_fault(fault, faults) {
+            }
+            if !board.memory_fault(faults) {
                 return Stop::Failed("memory behind a slot cannot be had".to_owned());
             }
             faults = faults.saturating_add(1);

@@ -1,6 +1,5 @@
 //! Functions, address spaces and a machine, put together.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -231,15 +230,6 @@ impl Assembly {
         notices: Arc<Notices>,
     ) -> Result<Machine> {
         let vm = self.vm.take().context("the machine was made already")?;
-        let names: BTreeMap<String, String> = self
-            .members
-            .iter()
-            .map(|member| (member.function.name().to_owned(), member.name.clone()))
-            .collect();
-        ensure!(
-            names.len() == self.members.len(),
-            "two functions of one name"
-        );
         let functions = self.members.iter().map(|member| member.function.clone());
         let machine = Machine::new(Parts {
             vm,

@@ -185,10 +185,7 @@ fn tell(ended: &Ended, json: bool) -> ExitCode {
         other => ("other", format!("{other:?}"), 1),
     };
     if json {
-        eprintln!(
-            "{}",
-            json!({ "ended": how, "text": text, "status": status })
-        );
+        say(&json!({ "ended": how, "text": text, "status": status }).to_string());
     } else {
         say(&format!("throughway: {text}"));
     }
