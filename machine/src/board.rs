@@ -20,7 +20,7 @@ pub trait Board: Send + Sync {
     /// The guest accesses an address that has no memory slot.
     fn memory(&self, gpa: Gpa, access: Access<'_>);
 
-    /// The hypervisor could not get at the memory behind a slot (`EFAULT`). `before` is how often in a row that has happened to this processor already. Whether
-    /// it is worth trying again.
+    /// The hypervisor could not get at the memory behind a slot (`EFAULT`). `before` is how often in
+    /// a row that has happened to this processor already. Whether it is worth trying again.
     fn memory_fault(&self, before: u32) -> bool;
 }
