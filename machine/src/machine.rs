@@ -194,6 +194,7 @@ impl Machine {
     /// [`MachineError`].
     pub fn new(parts: Parts) -> Result<Self, MachineError> {
         let (sender, events) = mpsc::channel();
+        parts.vm.interrupts().tell(parts.notices.clone());
         let chipset = Chipset::new(
             Box::new(parts.vm.interrupts().line(SERIAL_GSI)?),
             Box::new(parts.vm.interrupts().line(EVENT_GSI)?),

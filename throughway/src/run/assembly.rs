@@ -113,7 +113,7 @@ impl Assembly {
         let mut members = Vec::new();
         for (device, part) in args.device.iter().zip(opened.functions) {
             let options = FunctionOptions {
-                interrupts: Some(Arc::new(vm.interrupts().clone())),
+                interrupts: Some(Arc::new(vm.interrupts().of(&part.host.name()))),
                 ..FunctionOptions::default()
             };
             let function = Arc::new(AssignedFunction::new(part.host, map.clone(), &options)?);
