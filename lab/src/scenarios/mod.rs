@@ -43,6 +43,7 @@ pub mod resets;
 pub mod unprivileged;
 pub mod unsuitable_hosts;
 pub mod virtual_machine;
+pub mod vm_boot;
 
 use std::borrow::Cow;
 
@@ -274,6 +275,8 @@ pub fn all() -> Vec<&'static Scenario> {
         unsuitable_hosts::BY_IOMMUFD,
         guest_program::SCENARIOS,
         virtual_machine::SCENARIOS,
+        vm_boot::SCENARIOS,
+        vm_boot::ON_THE_STOCK_KERNEL,
         process_end::SCENARIOS,
     ]
     .into_iter()

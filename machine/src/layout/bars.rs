@@ -24,7 +24,7 @@ use memory_map::{Gpa, GpaRange};
 use super::{WINDOW_UNIT, next_congruent, range};
 use crate::function;
 
-/// No BAR counts for less: two never share a page.
+/// No BAR counts for less. Linux has small ones share a page, and may be told not to.
 const LEAST_BAR: u64 = 0x1000;
 
 /// The BARs of one function.
