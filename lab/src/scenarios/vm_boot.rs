@@ -1,5 +1,5 @@
-//! How guests of `throughway run` begin and end: the other kernel, the other way to enter one, and
-//! the power button.
+//! Guests of `throughway run` and their platform: the other kernel, the other way to enter one, the
+//! power button, interrupts.
 
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
         vm_is_booted_by_pvh,
         vm_turns_itself_off_when_its_power_button_is_pressed,
         vm_that_does_not_listen_ends_at_the_second_signal,
+        vm_interrupt_that_is_sent_to_nobody_is_lost_and_said,
 ];
 
 /// Those for Debian's kernel, as the host and as the guest.
@@ -75,6 +76,17 @@ fn vm_that_does_not_listen_ends_at_the_second_signal(
         || format!("ended with {}: {}", end.status, end.said),
     )?;
     before.ensure_same(bench)
+}
+
+fn vm_interrupt_that_is_sent_to_nobody_is_lost_and_said(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let end = VmRun::new("iommufd", &[EDU, IVSHMEM], "msi,poweroff").run(bench)?;
+    end.lines.ensure_steps(&["boot", "msi", "end"])?;
+    let said = format!("{EDU}: an interrupt is sent where no interrupt controller is, and is lost");
+    ensure(end.status.success() && end.said.contains(&said), || {
+        format!("ended with {}: {}", end.status, end.said)
+    })
 }
 
 fn vm_devices_reach_each_other_on_the_stock_kernel(bench: &mut Bench) -> Result<(), ScenarioError> {
