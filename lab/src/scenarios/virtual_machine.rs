@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::footprint::Footprint;
-use super::vm_run::VmRun;
+use super::vm_run::{VmRun, kill};
 use super::{EDU, IGB, IOMMUFD_KERNEL, IVSHMEM, NVME, VM_IVSHMEM};
 use crate::channel::Status;
 use crate::dmar::DmarFault;
@@ -30,10 +30,24 @@ pub static SCENARIOS: &[Scenario] = &[
         run: |bench| devices_reach_each_other(bench, "iommufd"),
     },
     Scenario {
+        name: "vm_killed_leaves_nothing_and_starts_again_by_type1",
+        shape: &super::VIRTUAL_MACHINE,
+        kernels: IOMMUFD_KERNEL,
+        sharing: Sharing::Shared,
+        run: |bench| killed_leaves_nothing(bench, "type1"),
+    },
+    Scenario {
+        name: "vm_killed_leaves_nothing_and_starts_again_by_iommufd",
+        shape: &super::VIRTUAL_MACHINE,
+        kernels: IOMMUFD_KERNEL,
+        sharing: Sharing::Shared,
+        run: |bench| killed_leaves_nothing(bench, "iommufd"),
+    },
+    Scenario {
         name: "vm_whose_kernel_panics_ends_with_its_status",
         shape: &super::VIRTUAL_MACHINE,
         kernels: IOMMUFD_KERNEL,
-        sharing: Sharing::Own,
+        sharing: Sharing::Shared,
         run: panic_ends_the_machine,
     },
 ];
@@ -159,5 +173,21 @@ fn panic_ends_the_machine(bench: &mut Bench) -> Result<(), ScenarioError> {
     ensure(end.status == Status::Exited(PANICKED), || {
         format!("ended with {}: {}", end.status, end.said)
     })?;
+    before.ensure_same(bench)
+}
+
+fn killed_leaves_nothing(bench: &mut Bench, iommu: &str) -> Result<(), ScenarioError> {
+    let before = Footprint::take(bench)?;
+    VmRun::new(iommu, &ALL, "p2p,wait")
+        .start(bench)?
+        .ensure_steps(&["boot", "p2p", "end"])?;
+    // Negative control of the footprint: while it runs, its RAM is pinned.
+    let pinned = Footprint::take(bench)?.pinned_pages();
+    ensure(pinned >= Some((512 << 20) / 0x1000), || {
+        format!("{pinned:?} pages are pinned by a guest of 512 MiB")
+    })?;
+    kill(bench, "KILL")?;
+    before.ensure_same(bench)?;
+    VmRun::new(iommu, &ALL, "p2p,poweroff").run_well(bench, &["boot", "p2p", "end"])?;
     before.ensure_same(bench)
 }
