@@ -12,21 +12,21 @@
 mod ram;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use lab::witness::context;
 use lab::witness::differences::{bars_in, between, untrue};
 use lab::witness::facts::{Facts, FunctionFacts, Limits};
-use lab::witness::io_page_table::{IoPageTable, header};
+use lab::witness::io_page_table::IoPageTable;
 use lab::witness::rule;
 use lab::witness::told::Told;
 use serde_json::{Value, json};
 
 /// What the guest's RAM is called.
 const RAM: &str = "throughway-ram";
-const DEBUG: &str = "/sys/kernel/debug";
+const DEBUG: &str = "/sys/kernel/debug/iommu/intel";
 const DEVICES: &str = "/sys/bus/pci/devices";
 /// How many differences of an address space are told; more are counted.
 const EXAMPLES: usize = 8;
@@ -81,10 +81,11 @@ fn look(arguments: &[String]) -> Result<(Value, bool), Failure> {
         functions,
         limits: limits(first)?,
     };
+    let roots = context::roots(&read(Path::new(DEBUG).join("dmar_translation_struct"))?);
     let mut found = Vec::new();
     let mut same = true;
     for space in &spaces {
-        let (one, well) = one_space(space, &told, &facts)?;
+        let (one, well) = one_space(space, &told, &facts, &roots)?;
         found.push(one);
         same &= well;
     }
@@ -92,19 +93,23 @@ fn look(arguments: &[String]) -> Result<(Value, bool), Failure> {
 }
 
 /// What each domain that the functions of an address space are in holds.
-fn one_space(space: &Space, told: &Told, facts: &Facts) -> Result<(Value, bool), Failure> {
+fn one_space(
+    space: &Space,
+    told: &Told,
+    facts: &Facts,
+    roots: &BTreeMap<String, u64>,
+) -> Result<(Value, bool), Failure> {
     let should = rule::pages(told, facts, &space.reached)?;
     let mut domains: BTreeMap<u64, Vec<String>> = BTreeMap::new();
     for function in &space.functions {
-        domains
-            .entry(root(function)?)
-            .or_default()
-            .push(function.clone());
+        let root = roots.get(function);
+        let root = root.ok_or_else(|| format!("the IOMMU walks no table for {function}"))?;
+        domains.entry(*root).or_default().push(function.clone());
     }
     let (mut found, mut same) = (Vec::new(), true);
-    for functions in domains.values() {
+    for (root, functions) in &domains {
         let first = functions.first().ok_or("a domain without functions")?;
-        let held = IoPageTable::read(&read(table(first))?)?;
+        let held = table(first, *root)?;
         let differences = between(&held, &should);
         let untrue = untrue(&told.pairs, functions, &held, facts);
         same &= differences.is_empty() && untrue.is_empty();
@@ -142,25 +147,17 @@ fn device(function: &str) -> PathBuf {
     Path::new(DEVICES).join(function)
 }
 
-fn table(function: &str) -> PathBuf {
-    let folder = Path::new(DEBUG).join("iommu/intel").join(function);
-    folder.join("domain_translation_struct")
-}
-
-/// Where the topmost table of a function's domain is. The kernel walks the tables as they are read,
-/// so it is asked for their beginning only.
-fn root(function: &str) -> Result<u64, Failure> {
-    let path = table(function);
-    let told = |error| format!("{}: {error}", path.display());
-    let mut begin = [0; 256];
-    let length = File::open(&path).and_then(|mut file| file.read(&mut begin));
-    let begin = begin.get(..length.map_err(told)?).unwrap_or_default();
-    let begin = String::from_utf8_lossy(begin);
-    let (named, root) = header(&begin)?;
-    if named != function {
-        return Err(format!("{}: it is {named}'s", path.display()).into());
+/// What is mapped for a function. The kernel shows it by its own books, so where the topmost table
+/// is has to be what the context entry says.
+fn table(function: &str, root: u64) -> Result<IoPageTable, Failure> {
+    let folder = Path::new(DEBUG).join(function);
+    let table = IoPageTable::read(&read(folder.join("domain_translation_struct"))?)?;
+    if table.function != function || table.root != root {
+        let (other, there) = (&table.function, table.root);
+        let what = format!("the table of {function} at {root:#x} is {other}'s at {there:#x}");
+        return Err(what.into());
     }
-    Ok(root)
+    Ok(table)
 }
 
 fn limits(function: &str) -> Result<Limits, Failure> {

@@ -22,6 +22,7 @@ mod footprint;
 mod guest_lines;
 mod kernel_log;
 mod p2p_run;
+mod running_vm;
 mod vm_run;
 
 pub mod bad_input;
@@ -43,6 +44,7 @@ pub mod resets;
 pub mod unprivileged;
 pub mod unsuitable_hosts;
 pub mod virtual_machine;
+pub mod vm_hostile;
 
 use std::borrow::Cow;
 
@@ -274,6 +276,7 @@ pub fn all() -> Vec<&'static Scenario> {
         unsuitable_hosts::BY_IOMMUFD,
         guest_program::SCENARIOS,
         virtual_machine::SCENARIOS,
+        vm_hostile::SCENARIOS,
         process_end::SCENARIOS,
     ]
     .into_iter()

@@ -9,7 +9,8 @@ use crate::initramfs::{GUEST_INITRD, GUEST_KERNEL};
 use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
-const LIMIT: Duration = Duration::from_secs(240);
+pub const LIMIT: Duration = Duration::from_secs(240);
+
 /// A number that no other run has: a guest that is booted more than once counts its boots under it.
 fn next_run() -> u32 {
     static LAST: AtomicU32 = AtomicU32::new(0);
@@ -27,6 +28,8 @@ pub struct VmRun<'a> {
     pub steps: &'a str,
     /// The guest's kernel.
     pub kernel: &'a str,
+    /// Further options of `throughway run`.
+    pub options: &'a [&'a str],
 }
 
 impl<'a> VmRun<'a> {
@@ -37,11 +40,14 @@ impl<'a> VmRun<'a> {
             devices,
             steps,
             kernel: GUEST_KERNEL,
+            options: &[],
         }
     }
 
-    /// The program and its arguments. `run` tells runs apart whose guests are booted more than once.
-    fn argv(&self, run: u32) -> Vec<String> {
+    /// The program and its arguments. Runs are told apart, for guests that are booted more than
+    /// once.
+    pub fn argv(&self) -> Vec<String> {
+        let run = next_run();
         let command_line = format!(
             "console=ttyS0 quiet panic=-1 throughway.steps={} throughway.run={run}",
             self.steps
@@ -67,13 +73,14 @@ impl<'a> VmRun<'a> {
         for device in self.devices {
             argv.extend(["--device".to_owned(), (*device).to_owned()]);
         }
+        argv.extend(self.options.iter().map(|option| (*option).to_owned()));
         argv
     }
 
     /// Runs it to its end.
     pub fn run(&self, bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
         bench.forget_faults()?;
-        let argv = self.argv(next_run());
+        let argv = self.argv();
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         let output = bench.machine().run(&argv, LIMIT)?;
         Ok(VmEnd {

@@ -49,10 +49,7 @@ pub enum IoPageTableError {
 }
 
 /// The function and where its topmost table is, from the first line.
-///
-/// # Errors
-/// [`IoPageTableError::Header`].
-pub fn header(text: &str) -> Result<(&str, u64), IoPageTableError> {
+fn header(text: &str) -> Result<(&str, u64), IoPageTableError> {
     let line = text.lines().next().unwrap_or_default();
     let words = line
         .strip_prefix("Device ")

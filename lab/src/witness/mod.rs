@@ -5,7 +5,8 @@
 //! and nothing else: neither its ledgers nor its system calls.
 //!
 //! ```text
-//!   debugfs, the tables that the IOMMU walks ---> IoPageTable: what is held --+
+//!   debugfs: context entries, and
+//!   the tables that the IOMMU walks ------------> IoPageTable: what is held --+
 //!                                                                             +-> Differences
 //!   what is told at SIGUSR1 --------> Told: what is seen where --+            |
 //!   the pages of its RAM's file,                                 +-> rule ----+
@@ -13,6 +14,7 @@
 //!   capabilities and groups
 //! ```
 
+pub mod context;
 pub mod differences;
 pub mod facts;
 pub mod io_page_table;

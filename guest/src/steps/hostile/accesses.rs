@@ -16,7 +16,7 @@ const DATA: u16 = 0xcfc;
 /// How often a function is reset or sent to sleep, at the most.
 const SLOW_ACCESSES: u32 = 40;
 /// How many accesses to what is in BARs are made in a row.
-pub const IN_A_ROW: u64 = 64;
+pub const IN_A_ROW: u64 = 256;
 
 /// Ports that are left alone: interrupt controllers, timers, keyboard controller, the system's
 /// control ports, delay, the serial port, what ends the machine.
@@ -53,10 +53,10 @@ fn value(numbers: &mut Numbers) -> u32 {
     }
 }
 
-/// By the kernel's file: 1, 2 or 4 bytes anywhere in a function's config space.
-pub fn config(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> anyhow::Result<()> {
+/// By the kernel's file: 1, 2 or 4 bytes anywhere in a function's config space. Whether it was made.
+pub fn config(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> anyhow::Result<bool> {
     let Some(victim) = numbers.pick(&victims.functions) else {
-        return Ok(());
+        return Ok(false);
     };
     // Most of what means anything is in the first 256 bytes.
     let space = if numbers.below(4) == 0 {
@@ -74,7 +74,7 @@ pub fn config(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> an
         let _refused = victim
             .function
             .config_read(offset, &mut read[..usize::from(len)]);
-        return Ok(());
+        return Ok(true);
     }
     let end = offset + len;
     if victim
@@ -83,7 +83,7 @@ pub fn config(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> an
         .any(|slow| slow.start < end && offset < slow.end)
     {
         if count.slow >= SLOW_ACCESSES {
-            return Ok(());
+            return Ok(false);
         }
         count.slow += 1;
     }
@@ -91,24 +91,24 @@ pub fn config(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> an
         // Whole registers, so that what comes of it is known beforehand.
         let offset = offset & !3;
         if victims.hits(victim, offset, value)? {
-            return Ok(());
+            return Ok(false);
         }
         let _refused = victim.function.config_write(offset, &value.to_le_bytes());
-        return Ok(());
+        return Ok(true);
     }
     let _refused = victim.function.config_write(offset, data);
-    Ok(())
+    Ok(true)
 }
 
-/// One BAR, or decoding.
-pub fn bar(victims: &Victims, numbers: &mut Numbers) -> anyhow::Result<()> {
+/// One BAR, or decoding: how many accesses were made.
+pub fn bar(victims: &Victims, numbers: &mut Numbers) -> anyhow::Result<u64> {
     let Some(victim) = numbers.pick(&victims.functions) else {
-        return Ok(());
+        return Ok(0);
     };
     if numbers.below(3) == 0 {
         let [low, high, ..] = bytes(numbers.below(8));
         let _refused = victim.function.config_write(COMMAND, &[low, high]);
-        return Ok(());
+        return Ok(1);
     }
     let address = match numbers.pick(&victims.chosen) {
         Some(address) if numbers.below(4) > 0 => *address,
@@ -116,12 +116,14 @@ pub fn bar(victims: &Victims, numbers: &mut Numbers) -> anyhow::Result<()> {
     };
     let register = BARS.start + 4 * u16::try_from(numbers.below(6))?;
     let [a, b, c, d, e, f, g, h] = bytes(address);
+    let mut made = 0;
     for (register, half) in [(register, [a, b, c, d]), (register + 4, [e, f, g, h])] {
         if BARS.contains(&register) && !victims.hits(victim, register, u32::from_le_bytes(half))? {
             let _refused = victim.function.config_write(register, &half);
+            made += 1;
         }
     }
-    Ok(())
+    Ok(made)
 }
 
 /// Anywhere in ECAM, with any alignment: mostly where no function is. Of the functions that are
@@ -149,8 +151,8 @@ pub fn by_address(victims: &Victims, numbers: &mut Numbers) -> anyhow::Result<()
     Ok(())
 }
 
-/// A port: the configuration mechanism in all sizes, or any other one.
-pub fn by_port(victims: &Victims, ports: &Ports, numbers: &mut Numbers) {
+/// A port: the configuration mechanism in all sizes, or any other one. Whether it was accessed.
+pub fn by_port(victims: &Victims, ports: &Ports, numbers: &mut Numbers) -> bool {
     if numbers.below(2) == 0 {
         let [low, high, ..] = bytes(numbers.next());
         let port = u16::from_le_bytes([low, high]);
@@ -160,7 +162,7 @@ pub fn by_port(victims: &Victims, ports: &Ports, numbers: &mut Numbers) {
         let config = (ADDRESS..DATA + 4).contains(&port.saturating_add(3))
             || (ADDRESS..DATA + 4).contains(&port);
         if spared || config {
-            return;
+            return false;
         }
         match numbers.below(6) {
             0 => drop(ports.read8(port)),
@@ -170,7 +172,7 @@ pub fn by_port(victims: &Victims, ports: &Ports, numbers: &mut Numbers) {
             4 => ports.write16(port, u16::from_le_bytes([low, high])),
             _ => ports.write32(port, word(numbers.next())),
         }
-        return;
+        return true;
     }
     // A function, or nobody; then the data ports in a size and at a place of any kind.
     let address = word(numbers.next());
@@ -192,6 +194,7 @@ pub fn by_port(victims: &Victims, ports: &Ports, numbers: &mut Numbers) {
         (false, 1) => drop(ports.read16(DATA + place)),
         (false, _) => drop(ports.read32(DATA)),
     }
+    true
 }
 
 /// What is in the BARs, once all of them are back where the kernel put them: messages of MSI-X are
@@ -210,7 +213,7 @@ pub fn contents(victims: &Victims, numbers: &mut Numbers) -> anyhow::Result<()> 
         let Some(home) = numbers.pick(&victims.homes) else {
             return Ok(());
         };
-        if numbers.below(16) == 0
+        if numbers.below(64) == 0
             && let Some(victim) = victims.functions.get(home.victim)
         {
             let [command, ..] = bytes(numbers.below(8));

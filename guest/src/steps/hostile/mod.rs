@@ -95,26 +95,25 @@ fn write_nonsense(victims: &Victims, accesses: u64) -> anyhow::Result<Count> {
     let mut numbers = Numbers::new(0x6861_7a61);
     let mut count = Count::default();
     while count.all() < accesses {
-        match numbers.below(500) {
+        match numbers.below(4000) {
             0 => {
                 accesses::contents(victims, &mut numbers)?;
                 count.contents += accesses::IN_A_ROW;
             }
-            1..225 => {
-                accesses::config(victims, &mut numbers, &mut count)?;
-                count.config += 1;
+            1..1800 => {
+                let made = accesses::config(victims, &mut numbers, &mut count)?;
+                count.config += u64::from(made);
             }
-            225..250 => {
-                accesses::bar(victims, &mut numbers)?;
-                count.bars += 1;
+            1800..2000 => {
+                count.bars += accesses::bar(victims, &mut numbers)?;
             }
-            250..375 => {
+            2000..3000 => {
                 accesses::by_address(victims, &mut numbers)?;
                 count.ecam += 1;
             }
             _ => {
-                accesses::by_port(victims, &ports, &mut numbers);
-                count.ports += 1;
+                let made = accesses::by_port(victims, &ports, &mut numbers);
+                count.ports += u64::from(made);
             }
         }
     }
