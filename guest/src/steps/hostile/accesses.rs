@@ -15,6 +15,9 @@ const ADDRESS: u16 = 0xcf8;
 const DATA: u16 = 0xcfc;
 /// How often a function is reset or sent to sleep, at the most.
 const SLOW_ACCESSES: u32 = 40;
+/// In how many accesses decoding is turned on or off once, at the most. Each time the host's machine
+/// lays its addresses out anew, which is slow, and an emulated one does not always survive it.
+const BETWEEN_DECODINGS: u64 = 300;
 /// How many accesses to what is in BARs are made in a row.
 pub const IN_A_ROW: u64 = 256;
 
@@ -31,6 +34,15 @@ const SPARED: [Range<u16>; 9] = [
     0x600..0x604,
     0xcf9..0xcfa,
 ];
+
+impl Count {
+    /// Whether decoding may be turned on or off now, which is then counted.
+    fn may_decode(&mut self) -> bool {
+        let may = self.decodings <= self.all() / BETWEEN_DECODINGS;
+        self.decodings += u64::from(may);
+        may
+    }
+}
 
 /// The bytes of a number.
 fn bytes(number: u64) -> [u8; 8] {
@@ -77,6 +89,9 @@ pub fn config(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> an
         return Ok(true);
     }
     let end = offset + len;
+    if offset <= COMMAND && COMMAND < end && !count.may_decode() {
+        return Ok(false);
+    }
     if victim
         .slow
         .iter()
@@ -101,11 +116,11 @@ pub fn config(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> an
 }
 
 /// One BAR, or decoding: how many accesses were made.
-pub fn bar(victims: &Victims, numbers: &mut Numbers) -> anyhow::Result<u64> {
+pub fn bar(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> anyhow::Result<u64> {
     let Some(victim) = numbers.pick(&victims.functions) else {
         return Ok(0);
     };
-    if numbers.below(3) == 0 {
+    if numbers.below(3) == 0 && count.may_decode() {
         let [low, high, ..] = bytes(numbers.below(8));
         let _refused = victim.function.config_write(COMMAND, &[low, high]);
         return Ok(1);
@@ -200,7 +215,7 @@ pub fn by_port(victims: &Victims, ports: &Ports, numbers: &mut Numbers) -> bool 
 /// What is in the BARs, once all of them are back where the kernel put them: messages of MSI-X are
 /// written, masked and unmasked, memory is written and read. Registers are only read: an engine that
 /// takes nonsense for a command writes to this program's own RAM.
-pub fn contents(victims: &Victims, numbers: &mut Numbers) -> anyhow::Result<()> {
+pub fn contents(victims: &Victims, numbers: &mut Numbers, count: &mut Count) -> anyhow::Result<()> {
     victims.go_home()?;
     if let Some(victim) = numbers.pick(&victims.functions)
         && let Some(at) = victim.msix
@@ -214,6 +229,7 @@ pub fn contents(victims: &Victims, numbers: &mut Numbers) -> anyhow::Result<()> 
             return Ok(());
         };
         if numbers.below(64) == 0
+            && count.may_decode()
             && let Some(victim) = victims.functions.get(home.victim)
         {
             let [command, ..] = bytes(numbers.below(8));

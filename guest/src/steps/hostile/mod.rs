@@ -32,6 +32,7 @@ struct Count {
     ports: u64,
     contents: u64,
     slow: u32,
+    decodings: u64,
 }
 
 impl Count {
@@ -41,7 +42,7 @@ impl Count {
 }
 
 /// `accesses` of nonsense, on a processor of their own, while the first peer is proved over and
-/// over.
+/// over. Another number gives other nonsense.
 pub fn nonsense(cast: &mut Cast, accesses: u64) -> anyhow::Result<Findings> {
     let victims = Victims::new(cast)?;
     let target = cast.peers.first().cloned().context("there is no peer")?;
@@ -85,6 +86,7 @@ pub fn nonsense(cast: &mut Cast, accesses: u64) -> anyhow::Result<Findings> {
         ("ports", json!(count.ports)),
         ("contents", json!(count.contents)),
         ("slow", json!(count.slow)),
+        ("decodings", json!(count.decodings)),
         ("rounds", json!(rounds)),
     ]))
 }
@@ -92,12 +94,12 @@ pub fn nonsense(cast: &mut Cast, accesses: u64) -> anyhow::Result<Findings> {
 fn write_nonsense(victims: &Victims, accesses: u64) -> anyhow::Result<Count> {
     run_on(1)?;
     let ports = Ports::open().context("asking for the right to access ports")?;
-    let mut numbers = Numbers::new(0x6861_7a61);
+    let mut numbers = Numbers::new(accesses);
     let mut count = Count::default();
     while count.all() < accesses {
         match numbers.below(4000) {
             0 => {
-                accesses::contents(victims, &mut numbers)?;
+                accesses::contents(victims, &mut numbers, &mut count)?;
                 count.contents += accesses::IN_A_ROW;
             }
             1..1800 => {
@@ -105,7 +107,7 @@ fn write_nonsense(victims: &Victims, accesses: u64) -> anyhow::Result<Count> {
                 count.config += u64::from(made);
             }
             1800..2000 => {
-                count.bars += accesses::bar(victims, &mut numbers)?;
+                count.bars += accesses::bar(victims, &mut numbers, &mut count)?;
             }
             2000..3000 => {
                 accesses::by_address(victims, &mut numbers)?;

@@ -174,15 +174,26 @@ impl Victims {
         Ok(())
     }
 
-    /// Wakes all functions and puts their BARs where they were at first, as a driver would.
+    /// Wakes all functions and puts their BARs where they were at first, as a driver would: with
+    /// decoding off where any of them is elsewhere.
     pub fn go_home(&self) -> anyhow::Result<()> {
         self.restore_bridges()?;
-        for (number, victim) in self.functions.iter().enumerate() {
-            victim.function.wake()?;
-            let mut homes = self.homes.iter().filter(|home| home.victim == number);
-            victim.function.set_command(0, MEMORY | MASTER)?;
-            homes.try_for_each(|home| victim.function.set_address(home.bar, home.address))?;
-            victim.function.set_command(MEMORY | MASTER, 0)?;
+        for (number, Victim { function, .. }) in self.functions.iter().enumerate() {
+            function.wake()?;
+            let homes = self.homes.iter().filter(|home| home.victim == number);
+            let mut astray = Vec::new();
+            for home in homes {
+                if function.address(home.bar)? != home.address {
+                    astray.push(home);
+                }
+            }
+            if !astray.is_empty() {
+                function.set_command(0, MEMORY | MASTER)?;
+            }
+            for home in astray {
+                function.set_address(home.bar, home.address)?;
+            }
+            function.enable()?;
         }
         Ok(())
     }
