@@ -44,7 +44,8 @@ pub fn physical_addresses(pid: u32, name: &str) -> io::Result<Vec<u64>> {
 
 fn open(pid: u32, name: &str) -> io::Result<File> {
     let wanted = format!("/memfd:{name}");
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+    let gone = |error| io::Error::other(format!("there is no process {pid}: {error}"));
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).map_err(gone)? {
         let path = entry?.path();
         let is_it =
             fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().starts_with(&wanted));

@@ -171,11 +171,14 @@ pub fn by_port(victims: &Victims, ports: &Ports, numbers: &mut Numbers) -> bool 
     if numbers.below(2) == 0 {
         let [low, high, ..] = bytes(numbers.next());
         let port = u16::from_le_bytes([low, high]);
+        // The processor lets nobody access what ends past the last one.
+        let Some(last) = port.checked_add(3) else {
+            return false;
+        };
         let spared = SPARED
             .iter()
-            .any(|range| range.start < port.saturating_add(4) && port < range.end);
-        let config = (ADDRESS..DATA + 4).contains(&port.saturating_add(3))
-            || (ADDRESS..DATA + 4).contains(&port);
+            .any(|range| range.start <= last && port < range.end);
+        let config = (ADDRESS..DATA + 4).contains(&last) || (ADDRESS..DATA + 4).contains(&port);
         if spared || config {
             return false;
         }
