@@ -114,6 +114,10 @@ fn one_space(
         let untrue = untrue(&told.pairs, functions, &held, facts);
         same &= differences.is_empty() && untrue.is_empty();
         let examples = differences.iter().take(EXAMPLES);
+        let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
+        for difference in &differences {
+            *kinds.entry(difference.kind()).or_default() += 1;
+        }
         let bars: BTreeMap<String, usize> = bars_in(&held, facts)
             .into_iter()
             .map(|((function, bar), pages)| (format!("{function} BAR{bar}"), pages))
@@ -122,7 +126,7 @@ fn one_space(
             "functions": functions,
             "pages": held.pages.len(),
             "bars": bars,
-            "differences": differences.len(),
+            "differences": kinds,
             "examples": examples.map(ToString::to_string).collect::<Vec<_>>(),
             "untrue": untrue,
         }));

@@ -43,6 +43,19 @@ pub enum Difference {
     },
 }
 
+impl Difference {
+    /// Its kind in a word.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Missing { .. } => "missing",
+            Self::Extra { .. } => "extra",
+            Self::Elsewhere { .. } => "elsewhere",
+            Self::Rights { .. } => "rights",
+        }
+    }
+}
+
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
