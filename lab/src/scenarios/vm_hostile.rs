@@ -67,8 +67,6 @@ fn hostile_guest_harms_nobody(bench: &mut Bench, iommu: &str) -> Result<(), Scen
     ensure(enough, || format!("too little was done: {found}"))?;
     vm.tell_map(bench, NOW)?;
     ensure_same(&witness(bench, &vm, NOW)?)?;
-    // Negative control: by what was told before, it is not what it should be.
-    ensure_differs(&witness(bench, &vm, BEFORE)?, &["missing"])?;
 
     vm.press_enter(bench)?;
     // Data goes to the peer that was piled up, too.
@@ -77,6 +75,7 @@ fn hostile_guest_harms_nobody(bench: &mut Bench, iommu: &str) -> Result<(), Scen
     let piled = witness(bench, &vm, NOW)?;
     ensure_same(&piled)?;
     ensure_cut(&piled)?;
+    // Negative control: it is not what was told before the largest BAR was moved.
     ensure_differs(&witness(bench, &vm, BEFORE)?, &["missing", "extra"])?;
 
     vm.press_enter(bench)?;

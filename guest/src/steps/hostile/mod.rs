@@ -98,11 +98,12 @@ fn write_nonsense(victims: &Victims, accesses: u64) -> anyhow::Result<Count> {
     let mut count = Count::default();
     while count.all() < accesses {
         match numbers.below(4000) {
-            0 => {
+            // Not in the end: what is left then is to be nonsense.
+            0 if count.all() < accesses / 20 * 19 => {
                 accesses::contents(victims, &mut numbers, &mut count)?;
                 count.contents += accesses::IN_A_ROW;
             }
-            1..1800 => {
+            0..1800 => {
                 let made = accesses::config(victims, &mut numbers, &mut count)?;
                 count.config += u64::from(made);
             }
