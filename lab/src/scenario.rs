@@ -331,9 +331,12 @@ fn run_group(parts: &Parts, group: &[Trial], report: &mut dyn FnMut(Report)) {
         };
         let mut start = Instant::now();
         let (mut attempt, mut machine) = on_bench(machine, scenario);
-        if let Attempt::EmulatorFailed { how, why } = attempt {
+        if let Attempt::Stalled(why) = attempt {
             eprintln!("lab: {why}");
-            eprintln!("lab: {how}: `{}` once more", trial.name());
+            eprintln!(
+                "lab: a processor lost its timer: `{}` once more",
+                trial.name()
+            );
             (attempt, machine) = match boot(parts, scenario.shape) {
                 Ok(machine) => {
                     start = Instant::now();
@@ -344,7 +347,7 @@ fn run_group(parts: &Parts, group: &[Trial], report: &mut dyn FnMut(Report)) {
         }
         let verdict = match attempt {
             Attempt::Ended(verdict) => verdict,
-            Attempt::EmulatorFailed { why, .. } => Verdict::Failed(why),
+            Attempt::Stalled(why) => Verdict::Failed(why),
         };
         // A scenario that stopped half-way has not put back what it changed.
         let as_found = !matches!(verdict, Verdict::Failed(_));
@@ -363,35 +366,13 @@ fn run_group(parts: &Parts, group: &[Trial], report: &mut dyn FnMut(Report)) {
 enum Attempt {
     /// For good.
     Ended(Verdict),
-    /// The emulation failed, which has nothing to do with what is tested.
-    EmulatorFailed {
-        /// In which of the known ways.
-        how: &'static str,
-        /// All that is to be said of it.
-        why: String,
-    },
+    /// The emulation stood still, which has nothing to do with what is tested: under load, a
+    /// processor of QEMU's now and then loses its timer for good.
+    Stalled(String),
 }
 
-/// What the nested kernel says of a processor of QEMU's that has lost its timer for good, as happens
-/// now and then under load.
+/// What the nested kernel says of a processor that has lost its timer.
 const LOST_TIMER: &str = "Possible timer handling issue on cpu";
-/// What QEMU says when it aborts because BARs came and went under a processor that was just using
-/// one.
-const LOST_SECTION: &str = "iotlb_to_section: Assertion";
-
-/// In which known way the emulator, rather than what is tested, has failed.
-fn emulators_failure(error: &MachineError, machine: &Machine) -> Option<&'static str> {
-    match error {
-        MachineError::TimeLimit { .. } => machine
-            .console()
-            .is_ok_and(|text| text.contains(LOST_TIMER))
-            .then_some("a processor lost its timer"),
-        MachineError::Died { tail, .. } => tail
-            .contains(LOST_SECTION)
-            .then_some("QEMU aborted while BARs came and went"),
-        _ => None,
-    }
-}
 
 fn on_bench(machine: Machine, scenario: &Scenario) -> (Attempt, Option<Machine>) {
     let ended = |error: &dyn std::error::Error| Attempt::Ended(Verdict::Failed(chain(error)));
@@ -403,12 +384,13 @@ fn on_bench(machine: Machine, scenario: &Scenario) -> (Attempt, Option<Machine>)
     let attempt = match (scenario.run)(&mut bench) {
         Ok(()) => Attempt::Ended(Verdict::Passed),
         Err(ScenarioError::Unsupported(reason)) => Attempt::Ended(Verdict::Skipped(reason)),
-        Err(ScenarioError::Machine(error)) => {
-            let why = chain(&error);
-            match emulators_failure(&error, &bench.machine) {
-                Some(how) => Attempt::EmulatorFailed { how, why },
-                None => Attempt::Ended(Verdict::Failed(why)),
-            }
+        Err(ScenarioError::Machine(error @ MachineError::TimeLimit { .. }))
+            if bench
+                .machine
+                .console()
+                .is_ok_and(|text| text.contains(LOST_TIMER)) =>
+        {
+            Attempt::Stalled(chain(&error))
         }
         Err(error) => ended(&error),
     };

@@ -114,8 +114,13 @@ impl pci::ConfigSpace for GuestFunction {
     }
 
     fn is_express(&self) -> bool {
-        let mut capabilities = self.function.capabilities().iter();
-        capabilities
-            .any(|found| found.list == CapabilityList::Standard && found.id == Capability::EXPRESS)
+        is_express(&self.function)
     }
+}
+
+/// Whether a function is a PCI Express one, which belongs behind a root port.
+pub(crate) fn is_express(function: &AssignedFunction) -> bool {
+    let mut capabilities = function.capabilities().iter();
+    capabilities
+        .any(|found| found.list == CapabilityList::Standard && found.id == Capability::EXPRESS)
 }

@@ -1,18 +1,15 @@
 //! A run of `throughway run` in the background, that is asked for things while its guest waits.
 
 use super::guest_lines::GuestLines;
-use super::vm_run::{LIMIT, VmEnd, VmRun};
-use crate::channel::Status;
+use super::vm_run::{CONSOLE, LIMIT, SAID, STATUS, VmRun};
 use crate::scenario::{Bench, ScenarioError, ensure};
 
-/// What it says on its standard output and error, what is typed, its process and its exit status.
-const CONSOLE: &str = "/tmp/vm-console";
-const SAID: &str = "/tmp/vm-said";
+/// What is typed, and its process.
 const KEYS: &str = "/tmp/vm-keys";
 const PROCESS: &str = "/tmp/vm-process";
-const STATUS: &str = "/tmp/vm-status";
 
-/// A virtual machine that runs. Where a scenario fails it is left to the nested machine's end.
+/// A virtual machine that runs, until [`await_end`](super::vm_run::await_end). Where a scenario fails it
+/// is left to the nested machine's end.
 #[derive(Debug)]
 pub struct RunningVm {
     /// The process's number, as text.
@@ -28,7 +25,8 @@ impl RunningVm {
             "rm -f {CONSOLE} {SAID} {KEYS} {PROCESS} {STATUS}
              mkfifo {KEYS}
              {{ {} 0<> {KEYS} > {CONSOLE} 2> {SAID} & echo $! > {PROCESS}
-                status=0; wait $! || status=$?; echo $status > {STATUS}; }} > /dev/null 2>&1 &
+                status=0; wait $! || status=$?
+                echo $status > {STATUS}.new; mv {STATUS}.new {STATUS}; }} > /dev/null 2>&1 &
              until [ -s {PROCESS} ]; do usleep 10000; done
              cat {PROCESS}",
             quoted.join(" ")
@@ -47,7 +45,7 @@ impl RunningVm {
         times: usize,
     ) -> Result<GuestLines, ScenarioError> {
         let script = format!(
-            "until [ $(grep -c '\"step\":\"{step}\"' {CONSOLE}) -ge {times} ]; do
+            "until [ $(grep -c '\"step\":\"{step}\".*}}' {CONSOLE}) -ge {times} ]; do
                  if [ -e {STATUS} ]; then cat {CONSOLE} {SAID} >&2; exit 1; fi
                  usleep 200000
              done
@@ -79,19 +77,5 @@ impl RunningVm {
             self.process
         ))?;
         Ok(())
-    }
-
-    /// Waits until it has ended.
-    pub fn await_end(self, bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
-        let script = format!("until [ -s {STATUS} ]; do usleep 100000; done; cat {STATUS}");
-        let status = bench.machine().run(&["sh", "-uc", &script], LIMIT)?;
-        let status = status.stdout_text();
-        let status = status.trim().parse();
-        let status = status.map_err(|_| ScenarioError::unexpected("no exit status"))?;
-        Ok(VmEnd {
-            status: Status::Exited(status),
-            lines: GuestLines::read(&bench.run_ok(&["cat", CONSOLE])?)?,
-            said: bench.run_ok(&["cat", SAID])?,
-        })
     }
 }

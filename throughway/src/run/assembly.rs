@@ -5,9 +5,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Error, Result, bail, ensure};
-use assigned_pci::{AssignedFunction, FunctionOptions, Windows, place_bars};
+use assigned_pci::{AssignedFunction, FunctionOptions, put_bars};
 use machine::kvm::{AssignedFiles, Hypervisor, Vm};
-use machine::layout::{Layout, Wanted};
+use machine::layout::{FunctionBars, Layout, Wanted};
 use machine::{Images, Machine, Notices, Parts};
 use memory_map::{Backing, IovaRange, RegionManager, TargetHandle, TargetOptions};
 use vfio_sys::Bdf;
@@ -114,7 +114,7 @@ impl Assembly {
         let mut members = Vec::new();
         for (device, part) in args.device.iter().zip(opened.functions) {
             let options = FunctionOptions {
-                interrupts: Some(Arc::new(vm.interrupts().clone())),
+                interrupts: Some(Arc::new(vm.interrupts().of(&part.host.name()))),
                 ..FunctionOptions::default()
             };
             let function = Arc::new(AssignedFunction::new(part.host, map.clone(), &options)?);
@@ -126,17 +126,13 @@ impl Assembly {
                 space: part.space,
             });
         }
-        let bars: Vec<_> = members
-            .iter()
-            .flat_map(|member| member.function.bars())
-            .filter(|bar| bar.kind.is_memory())
-            .map(|bar| (bar.kind, bar.size))
-            .collect();
+        let bars = members.iter();
+        let bars: Vec<_> = bars.map(|it| FunctionBars::of(&it.function)).collect();
         let layout = Layout::choose(&Wanted {
             ram: args.memory.size,
             allowed: &allowed.unwrap_or_default(),
             address_bits: vm.address_bits(),
-            bars: &bars,
+            functions: &bars,
         })?;
         Ok(Self {
             members,
@@ -153,25 +149,23 @@ impl Assembly {
     /// Places the BARs as a guest would and looks who reaches whom. Afterwards the functions are as
     /// at power-on.
     pub fn rehearse(&self, args: &RunArgs) -> Result<RunReport> {
-        let functions: Vec<&AssignedFunction> = self
-            .members
-            .iter()
-            .map(|member| &*member.function)
-            .collect();
-        let low = self.layout.low_window();
-        let high = self.layout.high_window().unwrap_or(low);
-        let pairs = place_bars(&functions, Windows { low, high })
-            .map_err(Error::from)
-            .and_then(|placed| match placed.outcome.host_errors.first() {
+        let mut wanted = Vec::new();
+        for (member, places) in self.members.iter().zip(self.layout.bars()) {
+            let bars = places.iter().map(|place| (place.bar, place.range.start()));
+            wanted.push((&*member.function, bars.collect()));
+        }
+        let pairs = put_bars(&wanted).map_err(Error::from).and_then(|outcome| {
+            match outcome.host_errors.first() {
                 Some(error) => Err(*error).context("placing the BARs"),
                 None => Ok(self.roster()?.pairs()),
-            });
+            }
+        });
         // However that ended. Not every function has a reset; it is quiet all the same.
-        for function in &functions {
-            let _quiet: assigned_pci::Outcome = function.quiesce();
+        for member in &self.members {
+            let _quiet: assigned_pci::Outcome = member.function.quiesce();
         }
-        for function in &functions {
-            let _reset: assigned_pci::Outcome = function.reset();
+        for member in &self.members {
+            let _reset: assigned_pci::Outcome = member.function.reset();
         }
         let pairs = pairs?;
         let name_of = |space: usize| self.spaces.get(space).map(|(name, _)| name.clone());

@@ -15,8 +15,8 @@ const ADDRESS: u16 = 0xcf8;
 const DATA: u16 = 0xcfc;
 /// How often a function is reset or sent to sleep, at the most.
 const SLOW_ACCESSES: u32 = 40;
-/// In how many accesses decoding is turned on or off once, at the most. Each time the host's machine
-/// lays its addresses out anew, which is slow, and an emulated one does not always survive it.
+/// In how many accesses decoding is turned on or off once, at the most: the host's machine may have
+/// to lay its addresses out anew each time, which takes an emulated one long.
 const BETWEEN_DECODINGS: u64 = 300;
 /// How many accesses to what is in BARs are made in a row.
 pub const IN_A_ROW: u64 = 256;
