@@ -32,6 +32,10 @@ const DEVICE_CAPABILITIES: u16 = 4;
 const DEVICE_CONTROL: u16 = 8;
 const HAS_FLR: u32 = 1 << 28;
 const INITIATE_FLR: u16 = 1 << 15;
+/// The capability of power management, its register with the power state, and the state's bits.
+const POWER_MANAGEMENT: u8 = 0x01;
+const PMCSR: u16 = 4;
+const POWER_STATE: u8 = 0b11;
 
 /// Flags in sysfs's `resource` (`include/linux/ioport.h`).
 const IORESOURCE_MEM: u64 = 0x200;
@@ -260,6 +264,24 @@ impl Function {
             at = next;
         }
         Ok(None)
+    }
+
+    /// Where its register with the power state is.
+    pub fn power_state(&self) -> anyhow::Result<Option<u16>> {
+        let at = self.capability(POWER_MANAGEMENT)?;
+        Ok(at.map(|at| at + PMCSR))
+    }
+
+    /// Has it leave any power state in which it does not answer.
+    pub fn wake(&self) -> anyhow::Result<()> {
+        let Some(at) = self.power_state()? else {
+            return Ok(());
+        };
+        let [state] = self.read(at)?;
+        if state & POWER_STATE != 0 {
+            self.write(at, &[state & !POWER_STATE])?;
+        }
+        Ok(())
     }
 
     /// Whether it says that it can be reset by itself.

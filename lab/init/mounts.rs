@@ -7,7 +7,7 @@ use rustix::mount::{MountFlags, mount};
 use crate::Problems;
 
 /// Type, place, options, and whether every kernel must have it.
-const FILE_SYSTEMS: [(&str, &str, &std::ffi::CStr, bool); 8] = [
+const FILE_SYSTEMS: [(&str, &str, &std::ffi::CStr, bool); 9] = [
     ("proc", "/proc", c"", true),
     ("sysfs", "/sys", c"", true),
     ("devtmpfs", "/dev", c"mode=0755", true),
@@ -16,6 +16,7 @@ const FILE_SYSTEMS: [(&str, &str, &std::ffi::CStr, bool); 8] = [
     ("devpts", "/dev/pts", c"mode=0620,ptmxmode=0666", false),
     ("tmpfs", "/dev/shm", c"mode=1777", true),
     ("hugetlbfs", "/dev/hugepages", c"", false),
+    ("debugfs", "/sys/kernel/debug", c"", false),
 ];
 
 /// Mounts them all.

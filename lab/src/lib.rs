@@ -14,7 +14,8 @@
 //! ```
 //!
 //! The crate has a second half that runs inside: the program `lab_init`, the nested machine's
-//! PID 1. The two halves share [`channel`] and the paths in [`initramfs`].
+//! PID 1. The two halves share [`channel`] and the paths in [`initramfs`]. Also inside runs
+//! `iommu_witness`, which compares what an IOMMU holds with what it should: see [`witness`].
 
 pub mod apt;
 pub mod apt_sources;
@@ -39,3 +40,4 @@ pub mod scenario;
 pub mod scenarios;
 pub mod shell;
 pub mod spec;
+pub mod witness;

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Read;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use assigned_pci::HostFunction;
 use serde_json::{Value, json};
 
@@ -38,6 +38,17 @@ pub fn devices() -> anyhow::Result<Findings> {
         }));
     }
     Ok(found([("functions", json!(all))]))
+}
+
+/// Waits until Enter is pressed on the console.
+pub fn enter() -> anyhow::Result<Findings> {
+    let mut line = String::new();
+    let length = std::io::stdin().read_line(&mut line);
+    ensure!(
+        length.context("reading the console")? > 0,
+        "the console has ended"
+    );
+    Ok(Findings::new())
 }
 
 /// Processors, RAM, windows, and what the kernel has said of errors.

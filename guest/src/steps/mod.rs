@@ -5,6 +5,7 @@ mod hostile;
 mod machine;
 mod messages;
 mod nvme;
+mod pile;
 mod race;
 mod resets;
 
@@ -120,6 +121,7 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
         "devices" => return machine::devices(),
         "machine" => return machine::machine(),
         "button" => return machine::power_button(),
+        "enter" => return machine::enter(),
         "nvme-driver" => return nvme::by_the_kernels_driver(),
         _ => {}
     }
@@ -136,6 +138,7 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
         "msi" => messages::to_nobody(cast),
         "race" => race::moves_and_transfers(cast, number.unwrap_or(10)),
         "hostile" => hostile::nonsense(cast, number.unwrap_or(100_000)),
+        "pile" => pile::lay_over_one_another(cast),
         "flr" => resets::by_register(cast),
         "reset" => resets::by_the_kernel(cast),
         "nvme-peer" => nvme::to_and_from_a_peer(cast),

@@ -22,6 +22,7 @@ mod footprint;
 mod guest_lines;
 mod kernel_log;
 mod p2p_run;
+mod running_vm;
 mod vm_run;
 
 pub mod bad_input;
@@ -44,6 +45,7 @@ pub mod unprivileged;
 pub mod unsuitable_hosts;
 pub mod virtual_machine;
 pub mod vm_boot;
+pub mod vm_hostile;
 
 use std::borrow::Cow;
 
@@ -277,6 +279,7 @@ pub fn all() -> Vec<&'static Scenario> {
         virtual_machine::SCENARIOS,
         vm_boot::SCENARIOS,
         vm_boot::ON_THE_STOCK_KERNEL,
+        vm_hostile::SCENARIOS,
         process_end::SCENARIOS,
     ]
     .into_iter()

@@ -9,14 +9,14 @@ use crate::initramfs::{GUEST_INITRD, GUEST_KERNEL};
 use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
-const LIMIT: Duration = Duration::from_secs(240);
+pub const LIMIT: Duration = Duration::from_secs(240);
 /// How long a run in the background is waited for, in seconds: longer than [`LIMIT`], which is how
 /// it ends where what is waited for does not come.
 const WAIT_LIMIT: u32 = 400;
 /// Where a run in the background writes to, and, when it has ended, its status.
-const CONSOLE: &str = "/tmp/vm-console";
-const SAID: &str = "/tmp/vm-said";
-const STATUS: &str = "/tmp/vm-status";
+pub const CONSOLE: &str = "/tmp/vm-console";
+pub const SAID: &str = "/tmp/vm-said";
+pub const STATUS: &str = "/tmp/vm-status";
 
 /// A number that no other run has: a guest that is booted more than once counts its boots under it.
 fn next_run() -> u32 {
@@ -35,6 +35,8 @@ pub struct VmRun<'a> {
     pub steps: &'a str,
     /// The guest's kernel.
     pub kernel: &'a str,
+    /// Further options of `throughway run`.
+    pub options: &'a [&'a str],
 }
 
 impl<'a> VmRun<'a> {
@@ -45,11 +47,14 @@ impl<'a> VmRun<'a> {
             devices,
             steps,
             kernel: GUEST_KERNEL,
+            options: &[],
         }
     }
 
-    /// The program and its arguments. `run` tells runs apart whose guests are booted more than once.
-    fn argv(&self, run: u32) -> Vec<String> {
+    /// The program and its arguments. Runs are told apart, for guests that are booted more than
+    /// once.
+    pub fn argv(&self) -> Vec<String> {
+        let run = next_run();
         let command_line = format!(
             "console=ttyS0 quiet panic=-1 throughway.steps={} throughway.run={run}",
             self.steps
@@ -75,12 +80,13 @@ impl<'a> VmRun<'a> {
         for device in self.devices {
             argv.extend(["--device".to_owned(), (*device).to_owned()]);
         }
+        argv.extend(self.options.iter().map(|option| (*option).to_owned()));
         argv
     }
 
     /// Has it told who would reach whom, which must be everyone everyone, and not started.
     pub fn rehearse(&self, bench: &mut Bench) -> Result<(), ScenarioError> {
-        let mut argv = self.argv(next_run());
+        let mut argv = self.argv();
         argv.extend(["--dry-run", "--p2p", "required"].map(str::to_owned));
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         bench.run_ok(&argv)?;
@@ -90,7 +96,7 @@ impl<'a> VmRun<'a> {
     /// Runs it to its end.
     pub fn run(&self, bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
         bench.forget_faults()?;
-        let argv = self.argv(next_run());
+        let argv = self.argv();
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         let output = bench.machine().run(&argv, LIMIT)?;
         Ok(VmEnd {
@@ -120,7 +126,7 @@ impl<'a> VmRun<'a> {
     /// [`kill`].
     pub fn start_until(&self, bench: &mut Bench, said: &str) -> Result<GuestLines, ScenarioError> {
         bench.forget_faults()?;
-        let argv = self.argv(next_run());
+        let argv = self.argv();
         let quoted: Vec<String> = argv.iter().map(|word| format!("'{word}'")).collect();
         let script = format!(
             "rm -f {STATUS}
@@ -157,6 +163,11 @@ pub struct VmEnd {
 /// Sends the machine that was started in the background a signal, and waits until it has ended.
 pub fn kill(bench: &mut Bench, signal: &str) -> Result<VmEnd, ScenarioError> {
     send(bench, signal)?;
+    await_end(bench)
+}
+
+/// Waits until it has ended.
+pub fn await_end(bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
     let status = bench.shell(&format!(
         "until [ -e {STATUS} ]; do usleep 20000; done; cat {STATUS}"
     ))?;

@@ -15,7 +15,8 @@ use vfio_sys::Bdf;
 use super::RunArgs;
 use super::outlet::Outlet;
 use super::reach_watch::ReachWatch;
-use super::report::{Function, Pair, RunReport};
+use super::report::{Function, RunReport};
+use super::snapshot::{Enlisted, Roster};
 use crate::p2p::assembly::Announced;
 use crate::p2p::choice::{Choice, Kind};
 use crate::p2p::host::{self, Announce, Bypasses, Opened};
@@ -156,7 +157,7 @@ impl Assembly {
         let pairs = put_bars(&wanted).map_err(Error::from).and_then(|outcome| {
             match outcome.host_errors.first() {
                 Some(error) => Err(*error).context("placing the BARs"),
-                None => self.pairs(),
+                None => Ok(self.roster()?.pairs()),
             }
         });
         // However that ended. Not every function has a reset; it is quiet all the same.
@@ -185,29 +186,28 @@ impl Assembly {
         })
     }
 
-    fn pairs(&self) -> Result<Vec<Pair>> {
-        let mut pairs = Vec::new();
-        for (from, who) in self.members.iter().enumerate() {
-            let (_, target) = self
-                .spaces
-                .get(who.space)
-                .context("no such address space")?;
-            for (to, whose) in self.members.iter().enumerate() {
-                if from == to {
-                    continue;
-                }
-                let bypass = self.bypasses.get(&(from, to));
-                for bar in whose.function.bars() {
-                    let Some(region) = bar.region else {
-                        continue;
-                    };
-                    let reach = self.map.reach_of(target.id(), region)?;
-                    let bar = bar.index.get();
-                    pairs.push(Pair::new(&who.name, &whose.name, bar, &reach, bypass));
-                }
-            }
+    /// Whom to ask the map about, also while the machine runs. It keeps no function open.
+    pub fn roster(&self) -> Result<Roster> {
+        let mut functions = Vec::new();
+        for member in &self.members {
+            let space = self.spaces.get(member.space);
+            let (space, target) = space.context("no such address space")?;
+            let bars = member.function.bars();
+            let bars = bars
+                .iter()
+                .filter_map(|bar| Some((bar.index.get(), bar.region?)));
+            functions.push(Enlisted {
+                name: member.name.clone(),
+                space: space.clone(),
+                target: target.id(),
+                bars: bars.collect(),
+            });
         }
-        Ok(pairs)
+        Ok(Roster {
+            map: self.map.clone(),
+            functions,
+            bypasses: self.bypasses.clone(),
+        })
     }
 
     /// From now on says so when a function cannot reach what it may.

@@ -7,6 +7,7 @@ mod outlet;
 mod reach_watch;
 mod report;
 mod signals;
+mod snapshot;
 mod terminal;
 
 use std::collections::BTreeSet;
@@ -38,7 +39,8 @@ use crate::p2p::policy::{P2pChoice, Policy};
 /// RAM and every other's BARs. The first serial port is this terminal: Ctrl-C goes to the guest,
 /// Ctrl-A X ends the machine, Ctrl-A A types Ctrl-A. SIGTERM presses the power button; a second
 /// one, or 30 seconds, end the machine. Functions are reset before the guest gets them, when it is
-/// reset, and at the end.
+/// reset, and at the end. At SIGUSR1 the map as the guest has laid it out by then, and who reaches
+/// whom in it, are printed on standard error.
 ///
 /// The exit status is 0 if the guest turned itself off or was told to end, 1 if it could not go on
 /// (with --dry-run: if not everyone reaches whom --p2p required says), 3 if its kernel panicked, 2 if
@@ -151,6 +153,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let mut machine = assembly.power_on(args, images, console.clone(), notices)?;
     let controls = machine.controls();
     signals::press_for(controls.clone())?;
+    signals::tell_for(assembly.roster()?, said.clone(), args.json)?;
     let terminal = RawTerminal::take()?;
     terminal::type_for(controls, terminal.is_some())?;
     let ended = machine.run();

@@ -68,9 +68,12 @@ impl fmt::Display for Pair {
             reach,
             ..
         } = self;
-        write!(f, "{from} -> {to} BAR{bar}: {reach}")?;
-        if let Some(reason) = &self.reason {
-            write!(f, " ({reason})")?;
+        write!(f, "{from} -> {to} BAR{bar}: ")?;
+        match &self.reason {
+            // It says by itself that it is a part.
+            Some(reason) if *reach == "partly" => f.write_str(reason)?,
+            Some(reason) => write!(f, "{reach} ({reason})")?,
+            None => f.write_str(reach)?,
         }
         if let Some(bypass) = &self.bypass {
             write!(f, "; warning: it may go past the IOMMU: {bypass}")?;

@@ -1,12 +1,16 @@
-//! Signals to this process, as the machine's power button.
+//! Signals to this process: the machine's power button, and a question.
 
+use std::io::Write;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use machine::Controls;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
+
+use super::outlet::Outlet;
+use super::snapshot::Roster;
 
 /// How long a guest has to turn itself off.
 const GRACE: Duration = Duration::from_secs(30);
@@ -34,6 +38,23 @@ pub fn press_for(controls: Controls) -> Result<()> {
             // Whoever insists is not kept waiting. The kernel resets what is given back to it.
             if signals.forever().next().is_some() {
                 std::process::exit(i32::from(GIVEN_UP));
+            }
+        })
+        .context("starting a thread for signals")?;
+    Ok(())
+}
+
+/// Tells what the map and the reach are each time somebody asks.
+pub fn tell_for(roster: Roster, mut said: Outlet, json: bool) -> Result<()> {
+    let mut signals = Signals::new([SIGUSR1]).context("preparing for signals failed")?;
+    thread::Builder::new()
+        .name("map".to_owned())
+        .spawn(move || {
+            for _ in signals.forever() {
+                // It can be written as JSON, and an outlet takes everything.
+                if let Ok(lines) = roster.look().lines(json) {
+                    let _said = said.write_all(lines.as_bytes());
+                }
             }
         })
         .context("starting a thread for signals")?;
