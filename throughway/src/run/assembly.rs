@@ -16,11 +16,10 @@ use super::RunArgs;
 use super::outlet::Outlet;
 use super::reach_watch::ReachWatch;
 use super::report::{Function, Pair, RunReport};
-use crate::p2p::assembly::Announced;
-use crate::p2p::choice::{Choice, Kind};
-use crate::p2p::host::{self, Announce, Bypasses, Opened};
-use crate::p2p::policy::Policy;
-use crate::p2p::windows;
+use crate::host::choice::{Choice, Kind};
+use crate::host::policy::Policy;
+use crate::host::space::common;
+use crate::host::{self, Announce, Announced, Bypasses, Opened};
 
 /// A function that the guest gets.
 struct Member {
@@ -92,7 +91,7 @@ impl Assembly {
             let limits = limits.context("the kernel does not tell what the IOMMU can map")?;
             allowed = Some(match allowed {
                 None => limits.allowed,
-                Some(before) => windows::common(&before, &limits.allowed),
+                Some(before) => common(&before, &limits.allowed),
             });
             targets.push((target, space.name, space.filter));
         }

@@ -28,8 +28,8 @@ use self::device::Device;
 use self::memory::Memory;
 use self::outlet::Outlet;
 use self::terminal::RawTerminal;
-use crate::p2p::choice::Iommu;
-use crate::p2p::policy::{P2pChoice, Policy};
+use crate::host::choice::Iommu;
+use crate::host::policy::{P2pChoice, Policy};
 
 /// Run a virtual machine whose devices reach each other
 ///

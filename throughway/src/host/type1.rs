@@ -8,7 +8,7 @@ use assigned_pci::HostFunction;
 use iommu::Type1Target;
 use vfio_sys::{Container, Group, Opener};
 
-use super::super::assembly::{PartFunction, Space};
+use super::space::{PartFunction, Space};
 use super::{Host, Opened, hot_reset};
 
 /// Opens them: a container for all that may see the same, or several where their IOMMUs differ.

@@ -9,8 +9,8 @@ use iommu::{IoasTarget, RamCopies};
 use memory_map::NoFile;
 use vfio_sys::Ioas;
 
-use super::super::assembly::{PartFunction, Space};
-use super::super::choice::BarNotExported;
+use super::choice::BarNotExported;
+use super::space::{PartFunction, Space};
 use super::{Host, Opened, hot_reset};
 
 /// Opens them: an address space for all that may see the same. RAM is pinned once for all.

@@ -1,4 +1,4 @@
-//! Being told by the host that it wants a function back, and by the user that it is enough.
+//! Being told by the host that it wants a function back.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -7,8 +7,6 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use assigned_pci::VfioFunction;
 use vfio_sys::{Bdf, EventFd, IrqIndex, wait_for_any};
-
-use super::super::hold::Ask;
 
 /// The functions that the host has not asked for yet, with the eventfds by which it will.
 #[derive(Debug)]
@@ -33,16 +31,15 @@ impl Requests {
         Ok(Self(requests))
     }
 
-    /// Waits for the next one, or for the end of it all.
-    pub fn next(&mut self) -> Result<Ask> {
-        let stdin = io::stdin();
+    /// Waits for the next one, by its name, or for something to be read from `end`: then it is none.
+    pub fn next(&mut self, end: BorrowedFd<'_>) -> Result<Option<String>> {
         let files = self.0.iter().map(|(_, event)| event.as_fd());
-        let files: Vec<BorrowedFd<'_>> = files.chain([stdin.as_fd()]).collect();
-        let ready = wait_for_any(&files).context("waiting for the host or the user")?;
+        let files: Vec<BorrowedFd<'_>> = files.chain([end]).collect();
+        let ready = wait_for_any(&files).context("waiting for what the host wants back")?;
         // A function that is wanted comes before the end.
         match ready.first() {
-            Some(place) if *place < self.0.len() => Ok(Ask::GiveBack(self.0.remove(*place).0)),
-            _ => Ok(Ask::End),
+            Some(place) if *place < self.0.len() => Ok(Some(self.0.remove(*place).0)),
+            _ => Ok(None),
         }
     }
 }
