@@ -27,7 +27,7 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     }
     let mut bound = Vec::new();
     for (bdf, cdev) in host.functions.iter().zip(cdevs) {
-        host.announce(cdev.as_fd())?;
+        host.announce(&[*bdf], cdev.as_fd())?;
         let device = cdev.bind(Arc::clone(&iommufd))?;
         bound.push((*bdf, host.function(*bdf, device)?));
     }

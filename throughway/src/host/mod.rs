@@ -31,13 +31,14 @@ pub use self::announced::Announced;
 pub use self::bus::Bus;
 use self::choice::{Choice, Iommu, Ways, choose};
 use self::policy::Policy;
-pub use self::requests::Requests;
+pub use self::requests::{Requests, ensure_left};
 use self::space::{PartFunction, Space};
 
 /// Somebody who is told of the files of devices before these are opened: KVM.
 pub trait Announce {
     /// A group's file, before a device is opened through it, or a device's own, before it is bound.
-    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()>;
+    /// `functions` are those that are opened by it.
+    fn add(&self, functions: &[Bdf], file: BorrowedFd<'_>) -> io::Result<()>;
 
     /// None of them is used after all.
     fn forget_all(&self) -> io::Result<()>;
@@ -131,10 +132,10 @@ impl Host<'_> {
         (classes, places)
     }
 
-    fn announce(&self, file: BorrowedFd<'_>) -> Result<()> {
+    fn announce(&self, functions: &[Bdf], file: BorrowedFd<'_>) -> Result<()> {
         if let Some(announce) = self.announce {
             announce
-                .add(file)
+                .add(functions, file)
                 .context("KVM does not take an assigned device")?;
         }
         Ok(())

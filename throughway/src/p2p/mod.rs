@@ -189,7 +189,7 @@ impl Holding for Terminal {
 
     fn next(&mut self) -> Result<Ask> {
         let wanted = self.requests.next(io::stdin().as_fd())?;
-        Ok(wanted.map_or(Ask::End, Ask::GiveBack))
+        Ok(wanted.map_or(Ask::End, |bdf| Ask::GiveBack(bdf.to_string())))
     }
 
     fn given_back(&mut self, function: &str) {

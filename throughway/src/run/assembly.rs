@@ -1,59 +1,44 @@
 //! Functions, address spaces and a machine, put together.
 
-use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use anyhow::{Context, Error, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail};
 use assigned_pci::{AssignedFunction, FunctionOptions, Windows, place_bars};
-use machine::kvm::{AssignedFiles, Hypervisor, Vm};
+use machine::kvm::{Hypervisor, Vm};
 use machine::layout::{Layout, Wanted};
 use machine::{Images, Machine, Notices, Parts};
-use memory_map::{Backing, IovaRange, RegionManager, TargetHandle, TargetOptions};
+use memory_map::{Backing, IovaRange, RegionManager, TargetOptions};
 use vfio_sys::Bdf;
 
 use super::RunArgs;
+use super::holdings::{Holdings, Member};
+use super::known_to_kvm::KnownToKvm;
 use super::outlet::Outlet;
 use super::reach_watch::ReachWatch;
 use super::report::{Function, Pair, RunReport};
 use crate::host::choice::{Choice, Kind};
 use crate::host::policy::Policy;
 use crate::host::space::common;
-use crate::host::{self, Announce, Announced, Bypasses, Opened};
-
-/// A function that the guest gets.
-struct Member {
-    name: String,
-    function: Arc<AssignedFunction>,
-    /// Its address space's place among all.
-    space: usize,
-}
+use crate::host::{self, Announced, Bypasses, Opened, Requests};
 
 /// Everything but the machine itself. Fields end in this order: the functions' regions, the
 /// IOMMUs, the map, KVM.
 pub struct Assembly {
-    members: Vec<Member>,
-    spaces: Vec<(String, TargetHandle)>,
+    holdings: Holdings,
+    requests: Requests,
     map: RegionManager,
     bypasses: Bypasses,
     choice: Choice,
     layout: Layout,
-    /// KVM's knowledge of the functions, for as long as they are used.
-    _files: Option<AssignedFiles>,
-    vm: Option<Vm>,
+    vm: Vm,
 }
 
-/// KVM, as one who wants to know of devices.
-struct Announcer<'f>(&'f AssignedFiles);
-
-impl Announce for Announcer<'_> {
-    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()> {
-        self.0.add(file)
-    }
-
-    fn forget_all(&self) -> io::Result<()> {
-        self.0.forget_all()
-    }
+/// What comes of an assembly. The machine ends first.
+pub struct Powered {
+    pub machine: Machine,
+    pub holdings: Holdings,
+    /// By which the host says what it wants back.
+    pub requests: Requests,
 }
 
 impl Assembly {
@@ -62,7 +47,7 @@ impl Assembly {
     pub fn new(args: &RunArgs, policy: &Policy, hypervisor: &Hypervisor) -> Result<Self> {
         let vm = hypervisor.create()?;
         let bdfs: Vec<Bdf> = args.device.iter().map(|device| device.bdf).collect();
-        let (opened, bypasses, choice, files) = if bdfs.is_empty() {
+        let (opened, bypasses, choice, known) = if bdfs.is_empty() {
             let none = Opened {
                 spaces: Vec::new(),
                 functions: Vec::new(),
@@ -75,12 +60,13 @@ impl Assembly {
             };
             (none, Bypasses::new(), choice, None)
         } else {
-            let files = vm.assigned_files()?;
-            let announcer = Announcer(&files);
-            let (opened, bypasses, choice) =
-                host::open(&bdfs, args.iommu, policy, Some(&announcer))?;
-            (opened, bypasses, choice, Some(files))
+            let known = KnownToKvm::new(vm.assigned_files()?);
+            let (opened, bypasses, choice) = host::open(&bdfs, args.iommu, policy, Some(&known))?;
+            (opened, bypasses, choice, Some(known))
         };
+        let requests = Requests::of(&opened.devices)?;
+        // Whoever holds a device keeps the host from having it back.
+        drop((opened.devices, opened.buses));
 
         let map = RegionManager::new();
         let mut allowed: Option<Vec<IovaRange>> = None;
@@ -120,13 +106,15 @@ impl Assembly {
             switch.add(&function);
             members.push(Member {
                 name: device.name(),
-                function,
+                bdf: device.bdf,
+                function: Some(function),
                 space: part.space,
             });
         }
-        let bars: Vec<_> = members
-            .iter()
-            .flat_map(|member| member.function.bars())
+        let holdings = Holdings::new(members, spaces, known);
+        let bars: Vec<_> = holdings
+            .functions()
+            .flat_map(|function| function.bars())
             .filter(|bar| bar.kind.is_memory())
             .map(|bar| (bar.kind, bar.size))
             .collect();
@@ -137,25 +125,21 @@ impl Assembly {
             bars: &bars,
         })?;
         Ok(Self {
-            members,
-            spaces,
+            holdings,
+            requests,
             map,
             bypasses,
             choice,
             layout,
-            _files: files,
-            vm: Some(vm),
+            vm,
         })
     }
 
     /// Places the BARs as a guest would and looks who reaches whom. Afterwards the functions are as
     /// at power-on.
     pub fn rehearse(&self, args: &RunArgs) -> Result<RunReport> {
-        let functions: Vec<&AssignedFunction> = self
-            .members
-            .iter()
-            .map(|member| &*member.function)
-            .collect();
+        let functions = self.holdings.functions();
+        let functions: Vec<&AssignedFunction> = functions.map(|function| &**function).collect();
         let low = self.layout.low_window();
         let high = self.layout.high_window().unwrap_or(low);
         let pairs = place_bars(&functions, Windows { low, high })
@@ -172,18 +156,21 @@ impl Assembly {
             let _reset: assigned_pci::Outcome = function.reset();
         }
         let pairs = pairs?;
-        let name_of = |space: usize| self.spaces.get(space).map(|(name, _)| name.clone());
+        let holdings = &self.holdings;
         Ok(RunReport {
             iommu: self.choice.clone(),
             processors: args.cpus,
             memory: args.memory.to_string(),
             layout: RunReport::stretches(&self.layout),
-            functions: self
+            functions: holdings
                 .members
                 .iter()
                 .map(|member| Function {
                     name: member.name.clone(),
-                    space: name_of(member.space).unwrap_or_default(),
+                    space: holdings
+                        .space_name(member.space)
+                        .unwrap_or_default()
+                        .to_owned(),
                 })
                 .collect(),
             pairs,
@@ -192,21 +179,20 @@ impl Assembly {
 
     fn pairs(&self) -> Result<Vec<Pair>> {
         let mut pairs = Vec::new();
-        for (from, who) in self.members.iter().enumerate() {
-            let (_, target) = self
-                .spaces
-                .get(who.space)
-                .context("no such address space")?;
-            for (to, whose) in self.members.iter().enumerate() {
+        let members = &self.holdings.members;
+        for (from, who) in members.iter().enumerate() {
+            let target = self.holdings.target(who.space);
+            let target = target.context("no such address space")?;
+            for (to, whose) in members.iter().enumerate() {
                 if from == to {
                     continue;
                 }
                 let bypass = self.bypasses.get(&(from, to));
-                for bar in whose.function.bars() {
+                for bar in whose.function.iter().flat_map(|function| function.bars()) {
                     let Some(region) = bar.region else {
                         continue;
                     };
-                    let reach = self.map.reach_of(target.id(), region)?;
+                    let reach = self.map.reach_of(target, region)?;
                     let bar = bar.index.get();
                     pairs.push(Pair::new(&who.name, &whose.name, bar, &reach, bypass));
                 }
@@ -222,18 +208,17 @@ impl Assembly {
 
     /// Makes the machine, with RAM for everyone.
     pub fn power_on(
-        &mut self,
+        self,
         args: &RunArgs,
         images: Images,
         console: Outlet,
         notices: Arc<Notices>,
-    ) -> Result<Machine> {
-        let vm = self.vm.take().context("the machine was made already")?;
-        let functions = self.members.iter().map(|member| member.function.clone());
+    ) -> Result<Powered> {
+        let functions = self.holdings.functions().cloned();
         let machine = Machine::new(Parts {
-            vm,
-            map: self.map.clone(),
-            layout: self.layout.clone(),
+            vm: self.vm,
+            map: self.map,
+            layout: self.layout,
             ram: Backing::new(args.memory.make()?),
             functions: functions.collect(),
             processors: args.cpus,
@@ -241,20 +226,10 @@ impl Assembly {
             console: Box::new(console),
             notices,
         })?;
-        Ok(machine)
-    }
-
-    /// Takes everything down, and makes sure that nothing is left mapped.
-    pub fn end(self) -> Result<()> {
-        drop(self.members);
-        for (name, handle) in self.spaces {
-            let report = handle.unregister();
-            ensure!(
-                report.quarantined.is_empty(),
-                "something is left mapped in {name}: {:?}",
-                report.quarantined
-            );
-        }
-        Ok(())
+        Ok(Powered {
+            machine,
+            holdings: self.holdings,
+            requests: self.requests,
+        })
     }
 }

@@ -2,6 +2,9 @@
 
 mod assembly;
 mod device;
+mod giving_back;
+mod holdings;
+mod known_to_kvm;
 mod memory;
 mod outlet;
 mod reach_watch;
@@ -23,8 +26,9 @@ use machine::{Ended, Images, Notices};
 use serde_json::json;
 use vfio_sys::Bdf;
 
-use self::assembly::Assembly;
+use self::assembly::{Assembly, Powered};
 use self::device::Device;
+use self::giving_back::GivingBack;
 use self::memory::Memory;
 use self::outlet::Outlet;
 use self::terminal::RawTerminal;
@@ -112,7 +116,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         hypervisor.most_processors(),
         args.cpus
     );
-    let mut assembly = Assembly::new(args, &policy, &hypervisor)?;
+    let assembly = Assembly::new(args, &policy, &hypervisor)?;
     if args.dry_run || policy.required {
         let report = assembly.rehearse(args)?;
         if policy.required {
@@ -148,20 +152,31 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         }))
     };
     let watch = assembly.watch(&notices)?;
-    let mut machine = assembly.power_on(args, images, console.clone(), notices)?;
+    let Powered {
+        mut machine,
+        holdings,
+        requests,
+    } = assembly.power_on(args, images, console.clone(), notices.clone())?;
     let controls = machine.controls();
+    let pull_out = {
+        let controls = controls.clone();
+        move |place| controls.pull_out(place)
+    };
+    let giving_back = GivingBack::start(holdings, requests, pull_out, notices)?;
     signals::press_for(controls.clone())?;
     let terminal = RawTerminal::take()?;
     terminal::type_for(controls, terminal.is_some())?;
     let ended = machine.run();
     drop(terminal);
     let ended = ended?;
+    // What the host wants now it has in a moment.
+    let holdings = giving_back.end()?;
     drop(machine);
     drop(watch);
     console.drain();
     said.drain();
     let status = tell(&ended, args.json);
-    if let Err(error) = assembly.end() {
+    if let Err(error) = holdings.end() {
         say(&format!("throughway: {error:#}"));
         return Ok(ExitCode::FAILURE);
     }
@@ -195,3 +210,6 @@ fn tell(ended: &Ended, json: bool) -> ExitCode {
 fn open(path: &Path, what: &str) -> Result<File> {
     File::open(path).with_context(|| format!("{what} {} cannot be opened", path.display()))
 }
+
+#[cfg(test)]
+mod tests;
