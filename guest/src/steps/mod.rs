@@ -4,6 +4,7 @@ mod bars;
 mod hostile;
 mod machine;
 mod nvme;
+mod pulled;
 mod race;
 mod resets;
 
@@ -133,6 +134,7 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
         "move" => bars::moved_by_hand(cast, number.unwrap_or(1)),
         "rescan" => bars::removed_and_found(cast),
         "race" => race::moves_and_transfers(cast, number.unwrap_or(10)),
+        "pulled" => pulled::pulled_out(cast),
         "hostile" => hostile::nonsense(cast, number.unwrap_or(100_000)),
         "flr" => resets::by_register(cast),
         "reset" => resets::by_the_kernel(cast),

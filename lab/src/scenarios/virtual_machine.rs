@@ -99,7 +99,7 @@ fn devices_reach_each_other(bench: &mut Bench, iommu: &str) -> Result<(), Scenar
 }
 
 /// The pages where the guest tried that nobody is.
-fn nobodies(value: &Value) -> BTreeSet<u64> {
+pub fn nobodies(value: &Value) -> BTreeSet<u64> {
     let mut found = BTreeSet::new();
     match value {
         Value::Array(list) => found.extend(list.iter().flat_map(nobodies)),
@@ -124,7 +124,7 @@ fn nobodies(value: &Value) -> BTreeSet<u64> {
 
 /// QEMU's IOMMU blocked a write to each such place. What else it blocked is not looked at: what is sent
 /// to a BAR while it moves is blocked, too.
-fn blocked_where_nobody_is(
+pub fn blocked_where_nobody_is(
     tried: &BTreeSet<u64>,
     faults: &[DmarFault],
 ) -> Result<(), ScenarioError> {

@@ -6,10 +6,17 @@ use std::time::Duration;
 use super::guest_lines::GuestLines;
 use crate::channel::Status;
 use crate::initramfs::{GUEST_INITRD, GUEST_KERNEL};
+use crate::machine::Output;
 use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
 const LIMIT: Duration = Duration::from_secs(240);
+/// Where a run in the background writes to, and what tells its process and its end.
+const CONSOLE: &str = "/tmp/vm-console";
+const SAID: &str = "/tmp/vm-said";
+pub const PID: &str = "/tmp/vm-pid";
+const STATUS: &str = "/tmp/vm-status";
+
 /// A number that no other run has: a guest that is booted more than once counts its boots under it.
 fn next_run() -> u32 {
     static LAST: AtomicU32 = AtomicU32::new(0);
@@ -27,6 +34,8 @@ pub struct VmRun<'a> {
     pub steps: &'a str,
     /// The guest's kernel.
     pub kernel: &'a str,
+    /// Further arguments.
+    pub options: &'a [&'a str],
 }
 
 impl<'a> VmRun<'a> {
@@ -37,6 +46,7 @@ impl<'a> VmRun<'a> {
             devices,
             steps,
             kernel: GUEST_KERNEL,
+            options: &[],
         }
     }
 
@@ -67,6 +77,7 @@ impl<'a> VmRun<'a> {
         for device in self.devices {
             argv.extend(["--device".to_owned(), (*device).to_owned()]);
         }
+        argv.extend(self.options.iter().map(|option| (*option).to_owned()));
         argv
     }
 
@@ -75,22 +86,35 @@ impl<'a> VmRun<'a> {
         bench.forget_faults()?;
         let argv = self.argv(next_run());
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-        let output = bench.machine().run(&argv, LIMIT)?;
-        Ok(VmEnd {
-            status: output.status,
-            lines: GuestLines::read(&output.stdout_text())?,
-            said: output.stderr_text(),
+        VmEnd::of(&bench.machine().run(&argv, LIMIT)?)
+    }
+
+    /// Starts it in the background, and waits until the guest's program has said a line of that step.
+    /// [`finish`] has to follow.
+    pub fn start_until(&self, bench: &mut Bench, step: &str) -> Result<(), ScenarioError> {
+        bench.forget_faults()?;
+        let argv = self.argv(next_run());
+        let quoted: Vec<String> = argv.iter().map(|word| format!("'{word}'")).collect();
+        let script = format!(
+            "rm -f {CONSOLE} {SAID} {PID} {STATUS}
+             {{ {} < /dev/null > {CONSOLE} 2> {SAID} & echo $! > {PID}
+               wait $! && s=0 || s=$?
+               echo $s > {STATUS}; }} > /dev/null 2>&1 &
+             until grep -q '\"step\":\"{step}\"' {CONSOLE} 2>/dev/null; do
+                 [ ! -e {STATUS} ] || {{ cat {CONSOLE} {SAID} >&2; exit 1; }}
+                 usleep 100000
+             done",
+            quoted.join(" ")
+        );
+        let output = bench.machine().run(&["sh", "-euc", &script], LIMIT)?;
+        ensure(output.status.success(), || {
+            format!("the guest has ended: {}", output.stderr_text())
         })
     }
 
     /// Runs it to its end, which must be the guest's turning itself off after all these steps.
     pub fn run_well(&self, bench: &mut Bench, steps: &[&str]) -> Result<GuestLines, ScenarioError> {
-        let end = self.run(bench)?;
-        ensure(end.status.success(), || {
-            format!("ended with {}: {}\n{:?}", end.status, end.said, end.lines)
-        })?;
-        end.lines.ensure_steps(steps)?;
-        Ok(end.lines)
+        Ok(self.run(bench)?.ensure_well(steps)?.lines)
     }
 }
 
@@ -103,4 +127,40 @@ pub struct VmEnd {
     pub lines: GuestLines,
     /// What `throughway run` said on its standard error.
     pub said: String,
+}
+
+impl VmEnd {
+    fn of(output: &Output) -> Result<Self, ScenarioError> {
+        Ok(Self {
+            status: output.status,
+            lines: GuestLines::read(&output.stdout_text())?,
+            said: output.stderr_text(),
+        })
+    }
+
+    /// That it was the guest's turning itself off after all these steps.
+    pub fn ensure_well(self, steps: &[&str]) -> Result<Self, ScenarioError> {
+        ensure(self.status.success(), || {
+            let Self {
+                status,
+                said,
+                lines,
+            } = &self;
+            format!("ended with {status}: {said}\n{lines:?}")
+        })?;
+        self.lines.ensure_steps(steps)?;
+        Ok(self)
+    }
+}
+
+/// Waits until a run has ended that was [started](VmRun::start_until).
+pub fn finish(bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
+    let script = format!(
+        "until [ -e {STATUS} ]; do usleep 100000; done
+         cat {CONSOLE}
+         cat {SAID} >&2
+         exit $(cat {STATUS})"
+    );
+    let output = bench.machine().run(&["sh", "-euc", &script], LIMIT)?;
+    VmEnd::of(&output)
 }
