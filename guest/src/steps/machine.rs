@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Read;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use assigned_pci::HostFunction;
 use serde_json::{Value, json};
 
@@ -62,6 +62,15 @@ pub fn machine() -> anyhow::Result<Findings> {
         ("iomem", json!(iomem.lines().collect::<Vec<_>>())),
         ("uptime", json!(uptime.split_whitespace().next())),
     ]))
+}
+
+/// Waits until Enter is pressed on the console.
+pub fn enter() -> anyhow::Result<Findings> {
+    let mut line = String::new();
+    let length = std::io::stdin().read_line(&mut line);
+    let length = length.context("reading a line from the console")?;
+    ensure!(length > 0, "the console has ended");
+    Ok(Findings::new())
 }
 
 /// An event of an input device (`struct input_event` of 64-bit machines): time, type, code, value.

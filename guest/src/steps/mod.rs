@@ -120,6 +120,7 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
         "devices" => return machine::devices(),
         "machine" => return machine::machine(),
         "button" => return machine::power_button(),
+        "enter" => return machine::enter(),
         "nvme-driver" => return nvme::by_the_kernels_driver(),
         _ => {}
     }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::footprint::Footprint;
 use super::pluggable::vm_far_ivshmem;
 use super::virtual_machine::{blocked_where_nobody_is, nobodies};
-use super::vm_run::{PID, VmRun, finish};
+use super::vm_run::{PID, VmRun, enter, finish};
 use super::{EDU, IOMMUFD_KERNEL, IVSHMEM, VM_FAR_IVSHMEM, kernel_log};
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
@@ -46,12 +46,13 @@ fn vm_device_that_is_pulled_out_takes_its_address_space_along_by_iommufd(
 /// It shares its address space with the engine that has reached it until then. It stays away when the
 /// guest starts anew.
 fn peer_is_pulled_out(bench: &mut Bench, iommu: &str) -> Result<(), ScenarioError> {
-    let steps = "p2p,pulled,p2p,reboot/devices,p2p,poweroff";
+    let steps = "p2p,pulled,enter,p2p,reboot/devices,p2p,poweroff";
     let told = [
         "boot",
         "p2p",
         "pulled-wait",
         "pulled",
+        "enter",
         "p2p",
         "end",
         "boot",
@@ -64,8 +65,16 @@ fn peer_is_pulled_out(bench: &mut Bench, iommu: &str) -> Result<(), ScenarioErro
 
 /// Nobody may reach it, nor it anybody but RAM: it has an address space of its own.
 fn loner_is_pulled_out(bench: &mut Bench, iommu: &str) -> Result<(), ScenarioError> {
-    let steps = "pulled,p2p,devices,poweroff";
-    let told = ["boot", "pulled-wait", "pulled", "p2p", "devices", "end"];
+    let steps = "pulled,enter,p2p,devices,poweroff";
+    let told = [
+        "boot",
+        "pulled-wait",
+        "pulled",
+        "enter",
+        "p2p",
+        "devices",
+        "end",
+    ];
     let group = format!("group=pair:{EDU},{IVSHMEM}");
     pulled_out(bench, iommu, steps, &told, &["--p2p", &group])
 }
@@ -86,6 +95,8 @@ fn pulled_out(
     };
     run.start_until(bench, "pulled-wait")?;
     pulled.pull_out_of(bench, PID)?;
+    // The machine runs until now: the host has not waited for its end.
+    enter(bench)?;
     let end = finish(bench)?.ensure_well(told)?;
 
     let found = end.lines.found("pulled")?;

@@ -11,7 +11,10 @@ use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
 const LIMIT: Duration = Duration::from_secs(240);
-/// Where a run in the background writes to, and what tells its process and its end.
+/// Where a run in the background reads from, who keeps that open, where it writes to, and what tells
+/// its process and its end.
+const INPUT: &str = "/tmp/vm-input";
+const SLEEPER: &str = "/tmp/vm-sleeper";
 const CONSOLE: &str = "/tmp/vm-console";
 const SAID: &str = "/tmp/vm-said";
 pub const PID: &str = "/tmp/vm-pid";
@@ -96,8 +99,10 @@ impl<'a> VmRun<'a> {
         let argv = self.argv(next_run());
         let quoted: Vec<String> = argv.iter().map(|word| format!("'{word}'")).collect();
         let script = format!(
-            "rm -f {CONSOLE} {SAID} {PID} {STATUS}
-             {{ {} < /dev/null > {CONSOLE} 2> {SAID} & echo $! > {PID}
+            "rm -f {INPUT} {CONSOLE} {SAID} {PID} {STATUS}
+             mkfifo {INPUT}
+             sleep 1000 > {INPUT} & echo $! > {SLEEPER}
+             {{ {} < {INPUT} > {CONSOLE} 2> {SAID} & echo $! > {PID}
                wait $! && s=0 || s=$?
                echo $s > {STATUS}; }} > /dev/null 2>&1 &
              until grep -q '\"step\":\"{step}\"' {CONSOLE} 2>/dev/null; do
@@ -153,10 +158,16 @@ impl VmEnd {
     }
 }
 
+/// Presses Enter on the console of a run that was [started](VmRun::start_until).
+pub fn enter(bench: &mut Bench) -> Result<(), ScenarioError> {
+    bench.shell(&format!("echo > {INPUT}")).map(drop)
+}
+
 /// Waits until a run has ended that was [started](VmRun::start_until).
 pub fn finish(bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
     let script = format!(
         "until [ -e {STATUS} ]; do usleep 100000; done
+         kill $(cat {SLEEPER})
          cat {CONSOLE}
          cat {SAID} >&2
          exit $(cat {STATUS})"
