@@ -42,10 +42,12 @@ use crate::host::policy::{P2pChoice, Policy};
 /// RAM and every other's BARs. The first serial port is this terminal: Ctrl-C goes to the guest,
 /// Ctrl-A X ends the machine, Ctrl-A A types Ctrl-A. SIGTERM presses the power button; a second
 /// one, or 30 seconds, end the machine. Functions are reset before the guest gets them, when it is
-/// reset, and at the end.
+/// reset, and at the end. A function that the host wants back meanwhile, because it is pulled out or
+/// unbound from vfio-pci, is given back at once: to the guest it is as if it had been pulled out, and
+/// it stays away; the others go on.
 ///
-/// The exit status is 0 if the guest turned itself off or was told to end, 1 if it could not go on
-/// (with --dry-run: if not everyone reaches whom --p2p required says), 3 if its kernel panicked, 2 if
+/// The exit status is 0 if the guest turned itself off or was told to end, 1 if it could not go on or
+/// something was left mapped (with --dry-run: if not everyone reaches whom --p2p required says), 3 if its kernel panicked, 2 if
 /// the machine could not be started, or could not be begun anew when the guest reset it.
 #[derive(Debug, Args)]
 pub struct RunArgs {
