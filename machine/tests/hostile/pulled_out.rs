@@ -135,6 +135,11 @@ fn a_function_that_is_pulled_out_is_nobody_and_the_others_go_on() {
     assert!(rig.board.pull_out(1000).is_none());
     rig.board.reset();
     guest.ensure_nobody();
+    // Nor does a processor that could not get at the memory behind a slot.
+    for before in 0..5 {
+        assert!(rig.board.memory_fault(before));
+    }
+    guest.ensure_nobody();
     assert_eq!(compare(&rig).wrong, Vec::<String>::new());
     assert_eq!(rig.host.violations(), []);
 }
