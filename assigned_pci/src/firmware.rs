@@ -71,6 +71,14 @@ pub enum PlaceError {
         /// What is wrong with it.
         problem: BarProblem,
     },
+    /// A BAR that the function does not have.
+    #[error("{function} has no {bar}")]
+    NoSuchBar {
+        /// Which function.
+        function: String,
+        /// Which BAR.
+        bar: BarIndex,
+    },
     /// A function's command register does not keep the bit that turns decoding on.
     #[error("{function} does not turn memory decoding on")]
     DecodingRefused {
@@ -93,8 +101,7 @@ pub fn place_bars(functions: &[&AssignedFunction], windows: Windows) -> Result<P
         .iter()
         .map(|function| Guest::stop(function, &mut outcome))
         .collect();
-    let placed = plan(&guests, windows, &mut outcome);
-    let mut placements = match placed {
+    let mut placements = match plan(&guests, windows, &mut outcome) {
         Ok(placements) => placements,
         Err(error) => {
             for guest in &guests {
@@ -105,15 +112,58 @@ pub fn place_bars(functions: &[&AssignedFunction], windows: Windows) -> Result<P
     };
     for (index, placement) in &placements {
         if let Some(guest) = guests.get(*index) {
-            guest.write_bar(
-                placement.bar,
-                placement.kind,
-                placement.range.start().raw(),
-                &mut outcome,
-            );
+            let address = placement.range.start();
+            guest.write_bar(placement.bar, placement.kind, address, &mut outcome);
         }
     }
-    for guest in &guests {
+    let outcome = start(&guests, outcome)?;
+    placements.sort_by_key(|(index, placement)| (*index, placement.bar));
+    Ok(Placed {
+        placements: placements
+            .into_iter()
+            .map(|(_, placement)| placement)
+            .collect(),
+        outcome,
+    })
+}
+
+/// Puts each function's BARs where it is said, and turns decoding and bus mastering on: for whoever
+/// knows where. BARs that are not named stay where they are, and I/O decoding is off.
+///
+/// # Errors
+/// [`PlaceError::NoSuchBar`], before anything is changed, and [`PlaceError::DecodingRefused`].
+pub fn put_bars(
+    functions: &[(&AssignedFunction, Vec<(BarIndex, Gpa)>)],
+) -> Result<Outcome, PlaceError> {
+    let mut wanted = Vec::new();
+    for (function, bars) in functions {
+        let there = function.bars();
+        let with_kind = |(bar, address): &(BarIndex, Gpa)| {
+            let info = there.iter().find(|info| info.index == *bar);
+            let info = info.ok_or_else(|| PlaceError::NoSuchBar {
+                function: function.name().to_owned(),
+                bar: *bar,
+            })?;
+            Ok((*bar, info.kind, *address))
+        };
+        let bars: Vec<_> = bars.iter().map(with_kind).collect::<Result<_, _>>()?;
+        wanted.push((*function, bars));
+    }
+    let mut outcome = Outcome::default();
+    let mut guests = Vec::new();
+    for (function, bars) in wanted {
+        let guest = Guest::stop(function, &mut outcome);
+        for (bar, kind, address) in bars {
+            guest.write_bar(bar, kind, address, &mut outcome);
+        }
+        guests.push(guest);
+    }
+    start(&guests, outcome)
+}
+
+/// Turns decoding and bus mastering on.
+fn start(guests: &[Guest<'_>], mut outcome: Outcome) -> Result<Outcome, PlaceError> {
+    for guest in guests {
         let on = guest.command | Command::MEMORY | Command::BUS_MASTER;
         guest.write_command(on, &mut outcome);
         if guest.read_command() & Command::MEMORY == 0 {
@@ -123,14 +173,7 @@ pub fn place_bars(functions: &[&AssignedFunction], windows: Windows) -> Result<P
             });
         }
     }
-    placements.sort_by_key(|(index, placement)| (*index, placement.bar));
-    Ok(Placed {
-        placements: placements
-            .into_iter()
-            .map(|(_, placement)| placement)
-            .collect(),
-        outcome,
-    })
+    Ok(outcome)
 }
 
 /// Sizes all BARs and finds each a place, the largest first, so that no room is lost between
@@ -288,8 +331,8 @@ impl<'f> Guest<'f> {
         Ok(found)
     }
 
-    fn write_bar(&self, bar: BarIndex, kind: BarKind, address: u64, outcome: &mut Outcome) {
-        let [a, b, c, d, e, f, g, h] = address.to_le_bytes();
+    fn write_bar(&self, bar: BarIndex, kind: BarKind, address: Gpa, outcome: &mut Outcome) {
+        let [a, b, c, d, e, f, g, h] = address.raw().to_le_bytes();
         let register = register(bar);
         self.write(register, u32::from_le_bytes([a, b, c, d]), outcome);
         if kind.is_64_bit() {

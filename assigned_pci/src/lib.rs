@@ -106,7 +106,7 @@ pub use cut_off::{CutOffState, CutOffSwitch};
 pub use error::{
     BarProblem, CapabilityList, CapabilityProblem, FunctionError, MsixProblem, MsixStructure,
 };
-pub use firmware::{PlaceError, Placed, Placement, Windows, place_bars};
+pub use firmware::{PlaceError, Placed, Placement, Windows, place_bars, put_bars};
 pub use function::{AssignedFunction, BarInfo, CpuAccess, FunctionOptions, VendorDevice};
 pub use host_function::{BarIndex, HostBar, HostBarArea, HostFunction, HostVectors, MsiKind};
 pub use msi_controller::{MsiController, MsiMessage, MsiVector};

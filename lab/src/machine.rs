@@ -10,11 +10,12 @@
 //!           ┌─ console.log  ── chardev ── first serial port  ── console=ttyS0
 //!   RunDirectory
 //!           ├─ trace.log    ── -trace vtd_dmar_fault
+//!           ├─ command.log  what the latest command wrote
 //!           └─ monitor      ── QMP, see `Monitor`
 //! ```
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -270,15 +271,23 @@ impl Machine {
             .map_err(MachineError::Command)?;
         // A writer that is gone means a machine that is gone: the reader knows why.
         let _ = self.to_guest.send(frame);
+        let path = self.directory.command();
+        let logged = |source| MachineError::Logs {
+            path: path.clone(),
+            source,
+        };
+        let mut log = File::create(&path).map_err(logged)?;
         let start = Instant::now();
         loop {
             // What an earlier command's children still write is not this command's.
-            match self.next_message(&during, start, limit)? {
-                Message::Stdout { id, bytes } if id == command => sink(Stream::Stdout, &bytes),
-                Message::Stderr { id, bytes } if id == command => sink(Stream::Stderr, &bytes),
+            let (stream, bytes) = match self.next_message(&during, start, limit)? {
+                Message::Stdout { id, bytes } if id == command => (Stream::Stdout, bytes),
+                Message::Stderr { id, bytes } if id == command => (Stream::Stderr, bytes),
                 Message::Exit { id, status } if id == command => return Ok(status),
-                _ => {}
-            }
+                _ => continue,
+            };
+            log.write_all(&bytes).map_err(logged)?;
+            sink(stream, &bytes);
         }
     }
 

@@ -58,6 +58,12 @@ impl RunDirectory {
         self.path().join("qemu.log")
     }
 
+    /// What the latest command wrote, both its streams as they came.
+    #[must_use]
+    pub fn command(&self) -> PathBuf {
+        self.path().join("command.log")
+    }
+
     /// The socket of QEMU's monitor.
     #[must_use]
     pub fn monitor(&self) -> PathBuf {
@@ -81,11 +87,15 @@ impl RunDirectory {
         self.folder.disable_cleanup(true);
     }
 
-    /// The last lines of what QEMU and the console said, with headings.
+    /// The last lines of what QEMU, the console and the latest command said, with headings.
     #[must_use]
     pub fn tail(&self) -> String {
         let mut text = String::new();
-        for (title, path) in [("QEMU", self.emulator()), ("console", self.console())] {
+        for (title, path) in [
+            ("QEMU", self.emulator()),
+            ("console", self.console()),
+            ("command", self.command()),
+        ] {
             let tail =
                 tail_of(&path).unwrap_or_else(|error| vec![format!("(unreadable: {error})")]);
             if tail.is_empty() {

@@ -191,3 +191,10 @@ impl pci::ConfigSpace for GuestFunction {
         self.is_express
     }
 }
+
+/// Whether a function is a PCI Express one, which belongs behind a root port.
+pub(crate) fn is_express(function: &AssignedFunction) -> bool {
+    let mut capabilities = function.capabilities().iter();
+    capabilities
+        .any(|found| found.list == CapabilityList::Standard && found.id == Capability::EXPRESS)
+}

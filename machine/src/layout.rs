@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   0                        RAM, in pieces of whole 2 MiB
-//!   LOW_HOLE     3 GiB       the low window: 32-bit BARs
+//!   LOW_HOLE     3 GiB       the low window: 32-bit BARs, and what ports pass on only there
 //!   ECAM         3.5 GiB     config space, interrupt controllers
 //!                4 GiB       RAM goes on, around what is reserved
 //!                            the high window: 64-bit BARs, up to the next reserved address or
@@ -15,12 +15,15 @@
 //! 1 TiB for themselves; those are left out on every host, so that a machine has the same
 //! addresses on all of them and a device behind such an IOMMU may come later.
 
+mod bars;
 mod error;
 mod size;
 
-use assigned_pci::BarKind;
 use memory_map::{Gpa, GpaRange, IovaRange};
 
+use bars::{Blocks, Needs};
+
+pub use bars::{BarPlace, FunctionBars};
 pub use error::{Bound, LayoutError};
 pub use size::Bytes;
 
@@ -41,8 +44,6 @@ const HYPER_TRANSPORT: (u64, u64) = (0xfd_0000_0000, 0xff_ffff_ffff);
 const AMPLE_WINDOW: u64 = 64 << 30;
 /// What a bridge's memory windows are made of (PCI-to-PCI Bridge 1.2, 3.2.5.8).
 const WINDOW_UNIT: u64 = 1 << 20;
-/// No BAR counts for less: two never share a page.
-const LEAST_BAR: u64 = 0x1000;
 
 /// Where the video memory and the option ROMs of a PC lie: no RAM for the guest.
 const PC_HOLE: (u64, u64) = (0xa_0000, 0xf_ffff);
@@ -57,8 +58,8 @@ pub struct Wanted<'a> {
     pub allowed: &'a [IovaRange],
     /// How many bits the guest's physical addresses have.
     pub address_bits: u8,
-    /// The BARs that there will be: kind and size in bytes. Those of I/O ports do not count.
-    pub bars: &'a [(BarKind, u64)],
+    /// The functions that there will be.
+    pub functions: &'a [FunctionBars],
 }
 
 /// A part of the guest's RAM.
@@ -94,6 +95,7 @@ pub struct Layout {
     ram: Vec<RamPiece>,
     low_window: GpaRange,
     high_window: Option<GpaRange>,
+    bars: Vec<Vec<BarPlace>>,
 }
 
 impl Layout {
@@ -112,24 +114,35 @@ impl Layout {
             });
         }
         let space = Space::new(wanted);
-        let low_window = low_window(&space, wanted.bars)?;
+        let needs = Needs::of(wanted.functions);
+        let low_window = low_window(&space, &needs.low)?;
         // The better alignment costs addresses, which may be what there is too little of.
-        Self::above(&space, wanted, low_window, BEST_ALIGNMENT)
-            .or_else(|_| Self::above(&space, wanted, low_window, RAM_UNIT))
+        Self::above(&space, wanted, &needs, low_window, BEST_ALIGNMENT)
+            .or_else(|_| Self::above(&space, wanted, &needs, low_window, RAM_UNIT))
     }
 
     fn above(
         space: &Space,
         wanted: &Wanted<'_>,
+        needs: &Needs,
         low_window: GpaRange,
         alignment: u64,
     ) -> Result<Self, LayoutError> {
         let ram = place_ram(space, wanted.ram, alignment)?;
-        let high_window = high_window(space, &ram, wanted.bars, low_window)?;
+        let high_window = high_window(space, &ram, needs, low_window)?;
+        let mut bars = vec![Vec::new(); wanted.functions.len()];
+        match high_window {
+            Some(high_window) => {
+                needs.low.place(low_window, &mut bars);
+                needs.high.place(high_window, &mut bars);
+            }
+            None => needs.together().place(low_window, &mut bars),
+        }
         Ok(Self {
             ram,
             low_window,
             high_window,
+            bars,
         })
     }
 
@@ -146,18 +159,26 @@ impl Layout {
         self.ram.iter().map(|piece| piece.range.size()).sum()
     }
 
-    /// The window below 4 GiB, for 32-bit BARs and, behind a bridge, for 64-bit ones that are not
+    /// The window below 4 GiB, for 32-bit BARs and, behind a port, for 64-bit ones that are not
     /// prefetchable. In whole MiB.
     #[must_use]
     pub const fn low_window(&self) -> GpaRange {
         self.low_window
     }
 
-    /// The window above all RAM, for 64-bit BARs: it starts on a multiple of the largest of them.
-    /// `None` where nothing is allowed there; the low window then holds them all.
+    /// The window above all RAM, for the other 64-bit BARs: it starts on a multiple of the largest of
+    /// them. `None` where nothing is allowed there; the low window then holds them all.
     #[must_use]
     pub const fn high_window(&self) -> Option<GpaRange> {
         self.high_window
+    }
+
+    /// Where a guest's kernel that places BARs like Linux puts them, function by function as they
+    /// were given. All that were given have a place, in one of the two windows. The guest is not
+    /// told: it does what it likes.
+    #[must_use]
+    pub fn bars(&self) -> &[Vec<BarPlace>] {
+        &self.bars
     }
 
     /// The memory map that is given to the guest, by address.
@@ -279,49 +300,17 @@ fn place_ram(space: &Space, wanted: u64, alignment: u64) -> Result<Vec<RamPiece>
     Ok(pieces)
 }
 
-/// What BARs of one sort need together.
-#[derive(Clone, Copy)]
-struct Need {
-    sum: u64,
-    largest: u64,
-}
-
-impl Need {
-    fn of(bars: &[(BarKind, u64)], wanted: impl Fn(BarKind) -> bool) -> Self {
-        let sizes = bars.iter().filter(|(kind, _)| wanted(*kind));
-        let sizes = sizes.map(|(_, size)| size.max(&LEAST_BAR));
-        let none = Self { sum: 0, largest: 0 };
-        sizes.fold(none, |need, size| Self {
-            sum: need.sum.saturating_add(*size),
-            largest: need.largest.max(*size),
-        })
-    }
-
-    /// From where on the BARs lie in `window`, largest first, without gaps: their sizes are
-    /// powers of two.
-    fn start_in(self, window: GpaRange) -> Option<u64> {
-        let alignment = self.largest.max(1).checked_next_power_of_two()?;
-        next_congruent(window.start().raw(), alignment, 0)
-    }
-
-    fn fits(self, window: GpaRange) -> bool {
-        let start = self.start_in(window);
-        let size = start.and_then(|start| Some(range(start, window.last().raw())?.size()));
-        self.sum == 0 || size.is_some_and(|size| self.sum <= size)
-    }
-}
-
-fn low_window(space: &Space, bars: &[(BarKind, u64)]) -> Result<GpaRange, LayoutError> {
+fn low_window(space: &Space, blocks: &Blocks) -> Result<GpaRange, LayoutError> {
     let start = platform::LOW_HOLE.raw();
     let window = space
         .within(start, start + platform::LOW_WINDOW_SIZE - 1)
         .filter_map(|stretch| stretch.shrink_to(WINDOW_UNIT))
         .max_by_key(GpaRange::size)
         .ok_or(LayoutError::NoLowWindow)?;
-    let need = Need::of(bars, |kind| kind.is_memory() && !kind.is_64_bit());
-    if !need.fits(window) {
+    if !blocks.fit_into(window) {
         return Err(LayoutError::LowWindow {
-            needed: need.sum,
+            needed: blocks.size(),
+            fits: blocks.room_in(window),
             window,
         });
     }
@@ -331,17 +320,17 @@ fn low_window(space: &Space, bars: &[(BarKind, u64)]) -> Result<GpaRange, Layout
 fn high_window(
     space: &Space,
     ram: &[RamPiece],
-    bars: &[(BarKind, u64)],
+    needs: &Needs,
     low_window: GpaRange,
 ) -> Result<Option<GpaRange>, LayoutError> {
     let ram_last = ram.last().map_or(0, |piece| piece.range.last().raw());
     let start = ram_last.saturating_add(1).max(FOUR_GIB);
-    let need = Need::of(bars, BarKind::is_64_bit);
+    let needed = needs.high.size();
     let windows = space.within(start, u64::MAX).filter_map(|stretch| {
         let units = stretch.shrink_to(WINDOW_UNIT)?;
-        range(need.start_in(units)?, units.last().raw())
+        range(needs.high.start_in(units)?, units.last().raw())
     });
-    let ample = need.sum.saturating_mul(4).max(AMPLE_WINDOW);
+    let ample = needed.saturating_mul(4).max(AMPLE_WINDOW);
     let mut largest: Option<GpaRange> = None;
     for window in windows {
         if window.size() >= ample {
@@ -352,15 +341,15 @@ fn high_window(
         }
     }
     let free = largest.map_or(0, |window| window.size());
-    if need.sum <= free {
+    if needed <= free {
         return Ok(largest);
     }
     // Small ones may do without.
-    if Need::of(bars, BarKind::is_memory).fits(low_window) {
+    if needs.together().fit_into(low_window) {
         return Ok(None);
     }
     Err(LayoutError::HighWindow {
-        needed: need.sum,
+        needed,
         free,
         start: Gpa::new(start),
         bound: space.bound,

@@ -196,6 +196,7 @@ pub struct Machine {
     images: Images,
     events: Receiver<Event>,
     controls: Controls,
+    notices: Arc<Notices>,
 }
 
 impl Machine {
@@ -205,6 +206,7 @@ impl Machine {
     /// [`MachineError`].
     pub fn new(parts: Parts) -> Result<Self, MachineError> {
         let (sender, events) = mpsc::channel();
+        parts.vm.interrupts().tell(parts.notices.clone());
         let chipset = Chipset::new(
             Box::new(parts.vm.interrupts().line(SERIAL_GSI)?),
             Box::new(parts.vm.interrupts().line(EVENT_GSI)?),
@@ -221,7 +223,7 @@ impl Machine {
                 // Nobody listens when the machine ends already.
                 let _unheard = asked.send(Event::Asked(request));
             }),
-            parts.notices,
+            parts.notices.clone(),
         )?);
         let mut options = TargetOptions::new("memory slots");
         options.kind = ConsumerKind::MemorySlots;
@@ -249,6 +251,7 @@ impl Machine {
             images: parts.images,
             events,
             controls,
+            notices: parts.notices,
         })
     }
 
@@ -361,8 +364,13 @@ impl Machine {
                 Ok(Event::Asked(Request::Reset)) => ControlFlow::Continue(()),
                 Ok(Event::Asked(Request::PowerOff)) => ControlFlow::Break(Ended::PoweredOff),
                 Ok(Event::Asked(Request::Panicked)) => ControlFlow::Break(Ended::Panicked),
-                // A triple fault is the oldest way to reset a PC.
-                Ok(Event::Stopped(_, Stop::Shutdown)) => ControlFlow::Continue(()),
+                // A triple fault is the oldest way to reset a PC, and may be a crash.
+                Ok(Event::Stopped(processor, Stop::Shutdown)) => {
+                    let who = format!("processor {processor}");
+                    let what = "has met a triple fault, or was told to begin anew";
+                    self.notices.note(&who, what, &"the machine is reset");
+                    ControlFlow::Continue(())
+                }
                 Ok(Event::Stopped(processor, Stop::Failed(why))) => {
                     ControlFlow::Break(Ended::Failed { processor, why })
                 }

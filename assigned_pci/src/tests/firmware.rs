@@ -5,7 +5,9 @@ use std::sync::Arc;
 use memory_map::{Gpa, GpaRange, RegionManager};
 
 use super::fake::*;
-use crate::{AssignedFunction, FunctionOptions, PlaceError, Windows, place_bars};
+use crate::{
+    AssignedFunction, BarIndex, FunctionOptions, PlaceError, Windows, place_bars, put_bars,
+};
 
 fn windows(low: u64, high: u64) -> Windows {
     Windows {
@@ -125,4 +127,32 @@ fn a_function_that_does_not_turn_on_is_an_error() {
     hosts[1].refuse.lock().config_write = true;
     let error = place_bars(&functions, windows(0x1000_0000, 0x1000_0000)).unwrap_err();
     assert_eq!(error.to_string(), "b does not turn memory decoding on");
+}
+
+#[test]
+fn bars_are_put_where_it_is_said_and_nowhere_else() {
+    let (map, hosts, functions) = two_functions();
+    let [a, b] = [&functions[0], &functions[1]];
+    let [first, third] = [BarIndex::ALL[0], BarIndex::ALL[2]];
+    let places = |number: usize| {
+        let spots = [(first, 0xc000_1000), (third, 0x20_0000_0000)];
+        let spots = spots.into_iter().take(number);
+        spots.map(|(bar, address)| (bar, Gpa::new(address)))
+    };
+    let put = [
+        (a, places(2).collect()),
+        (b, vec![(first, Gpa::new(0x10_0000_0000))]),
+    ];
+    assert!(put_bars(&put).unwrap().is_ok());
+    assert!(hosts.iter().all(|host| host.command() == ON));
+    let starts: Vec<_> = map.view().iter().map(|s| s.range.start().raw()).collect();
+    let last = 0; // b's BAR5, which is not named.
+    for start in [0xc000_1000, 0x20_0000_0000, 0x10_0000_0000, last] {
+        assert!(starts.contains(&start), "{starts:x?}");
+    }
+
+    let before = map.view();
+    let error = put_bars(&[(a, places(1).collect()), (b, places(2).collect())]).unwrap_err();
+    assert_eq!(error.to_string(), "b has no BAR2");
+    assert_eq!(map.view(), before);
 }

@@ -3,6 +3,7 @@
 mod bars;
 mod hostile;
 mod machine;
+mod messages;
 mod nvme;
 mod pulled;
 mod race;
@@ -134,6 +135,7 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
         "nobody" => bars::nobody(cast),
         "move" => bars::moved_by_hand(cast, number.unwrap_or(1)),
         "rescan" => bars::removed_and_found(cast),
+        "msi" => messages::to_nobody(cast),
         "race" => race::moves_and_transfers(cast, number.unwrap_or(10)),
         "pulled" => pulled::pulled_out(cast),
         "hostile" => hostile::nonsense(cast, number.unwrap_or(100_000)),

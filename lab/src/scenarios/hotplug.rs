@@ -72,7 +72,7 @@ fn pulled_out_of_a_run(
         "run='{run}'
 {BEGIN}"
     ))?;
-    pulled.pull_out_of(bench, "/tmp/pid")?;
+    pulled.pull_out_of(bench, "cat /tmp/pid")?;
     bench.shell(&format!(
         "until grep -q 'wanted {} back, and has it' /tmp/said; do usleep 10000; done",
         pulled.function

@@ -44,6 +44,7 @@ pub mod resets;
 pub mod unprivileged;
 pub mod unsuitable_hosts;
 pub mod virtual_machine;
+pub mod vm_boot;
 pub mod vm_hotplug;
 
 use std::borrow::Cow;
@@ -294,6 +295,8 @@ pub fn all() -> Vec<&'static Scenario> {
         unsuitable_hosts::BY_IOMMUFD,
         guest_program::SCENARIOS,
         virtual_machine::SCENARIOS,
+        vm_boot::SCENARIOS,
+        vm_boot::ON_THE_STOCK_KERNEL,
         vm_hotplug::SCENARIOS,
         process_end::SCENARIOS,
     ]

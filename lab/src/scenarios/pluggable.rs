@@ -66,17 +66,17 @@ impl Pluggable {
         format!("/sys/bus/pci/devices/{}", self.function)
     }
 
-    /// Pulls it out while the process whose number a file holds has it, and waits until that has given
-    /// it back. As long as the process stands still, it does not: the negative control.
-    pub fn pull_out_of(&self, bench: &mut Bench, pid_file: &str) -> Result<(), ScenarioError> {
+    /// Pulls it out while the process whose number a command tells has it, and waits until that has
+    /// given it back. As long as the process stands still, it does not: the negative control.
+    pub fn pull_out_of(&self, bench: &mut Bench, number: &str) -> Result<(), ScenarioError> {
         let sysfs = self.sysfs();
         let before = bench.shell(COUNT)?;
-        bench.shell(&format!("kill -STOP $(cat {pid_file})"))?;
+        bench.shell(&format!("kill -STOP $({number})"))?;
         bench.monitor()?.device_del(self.id)?;
         bench.shell(&format!(
             "until [ $({COUNT}) -gt {} ]; do usleep 10000; done
              [ -e {sysfs} ]
-             kill -CONT $(cat {pid_file})",
+             kill -CONT $({number})",
             before.trim()
         ))?;
         bench.monitor()?.wait_until_deleted(self.id, LIMIT)?;

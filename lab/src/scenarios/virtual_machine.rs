@@ -39,7 +39,7 @@ pub static SCENARIOS: &[Scenario] = &[
 ];
 
 /// All of the shape's functions.
-const ALL: [&str; 5] = [EDU, IVSHMEM, VM_IVSHMEM, NVME, IGB];
+pub(super) const ALL: [&str; 5] = [EDU, IVSHMEM, VM_IVSHMEM, NVME, IGB];
 /// The drive behind [`NVME`].
 const DISK: &str = "disk0";
 /// What the guest leaves on the disk, by its driver and from a peer: from, to, and the pattern's
@@ -99,7 +99,7 @@ fn devices_reach_each_other(bench: &mut Bench, iommu: &str) -> Result<(), Scenar
 }
 
 /// The pages where the guest tried that nobody is.
-pub fn nobodies(value: &Value) -> BTreeSet<u64> {
+pub(super) fn nobodies(value: &Value) -> BTreeSet<u64> {
     let mut found = BTreeSet::new();
     match value {
         Value::Array(list) => found.extend(list.iter().flat_map(nobodies)),
@@ -124,7 +124,7 @@ pub fn nobodies(value: &Value) -> BTreeSet<u64> {
 
 /// QEMU's IOMMU blocked a write to each such place. What else it blocked is not looked at: what is sent
 /// to a BAR while it moves is blocked, too.
-pub fn blocked_where_nobody_is(
+pub(super) fn blocked_where_nobody_is(
     tried: &BTreeSet<u64>,
     faults: &[DmarFault],
 ) -> Result<(), ScenarioError> {

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::footprint::Footprint;
 use super::pluggable::vm_far_ivshmem;
 use super::virtual_machine::{blocked_where_nobody_is, nobodies};
-use super::vm_run::{PID, VmRun, enter, finish};
+use super::vm_run::{NUMBER, VmRun, enter, finish};
 use super::{EDU, IOMMUFD_KERNEL, IVSHMEM, VM_FAR_IVSHMEM, kernel_log};
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
@@ -93,8 +93,8 @@ fn pulled_out(
         options,
         ..VmRun::new(iommu, &devices, steps)
     };
-    run.start_until(bench, "pulled-wait")?;
-    pulled.pull_out_of(bench, PID)?;
+    run.start_until(bench, r#""step":"pulled-wait""#)?;
+    pulled.pull_out_of(bench, NUMBER)?;
     // The machine runs until now: the host has not waited for its end.
     enter(bench)?;
     let end = finish(bench)?.ensure_well(told)?;

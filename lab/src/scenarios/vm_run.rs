@@ -11,14 +11,18 @@ use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
 const LIMIT: Duration = Duration::from_secs(240);
-/// Where a run in the background reads from, who keeps that open, where it writes to, and what tells
-/// its process and its end.
+/// How long a run in the background is waited for, in seconds: longer than [`LIMIT`], which is how
+/// it ends where what is waited for does not come.
+const WAIT_LIMIT: u32 = 400;
+/// Where a run in the background reads from, who keeps that open, where it writes to, and, when it has
+/// ended, its status.
 const INPUT: &str = "/tmp/vm-input";
 const SLEEPER: &str = "/tmp/vm-sleeper";
 const CONSOLE: &str = "/tmp/vm-console";
 const SAID: &str = "/tmp/vm-said";
-pub const PID: &str = "/tmp/vm-pid";
 const STATUS: &str = "/tmp/vm-status";
+/// The command that tells the number of its process.
+pub const NUMBER: &str = "pidof throughway";
 
 /// A number that no other run has: a guest that is booted more than once counts its boots under it.
 fn next_run() -> u32 {
@@ -84,6 +88,15 @@ impl<'a> VmRun<'a> {
         argv
     }
 
+    /// Has it told who would reach whom, which must be everyone everyone, and not started.
+    pub fn rehearse(&self, bench: &mut Bench) -> Result<(), ScenarioError> {
+        let mut argv = self.argv(next_run());
+        argv.extend(["--dry-run", "--p2p", "required"].map(str::to_owned));
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        bench.run_ok(&argv)?;
+        Ok(())
+    }
+
     /// Runs it to its end.
     pub fn run(&self, bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
         bench.forget_faults()?;
@@ -92,34 +105,43 @@ impl<'a> VmRun<'a> {
         VmEnd::of(&bench.machine().run(&argv, LIMIT)?)
     }
 
-    /// Starts it in the background, and waits until the guest's program has said a line of that step.
-    /// [`finish`] has to follow.
-    pub fn start_until(&self, bench: &mut Bench, step: &str) -> Result<(), ScenarioError> {
+    /// Runs it to its end, which must be the guest's turning itself off after all these steps.
+    pub fn run_well(&self, bench: &mut Bench, steps: &[&str]) -> Result<GuestLines, ScenarioError> {
+        Ok(self.run(bench)?.ensure_well(steps)?.lines)
+    }
+
+    /// Starts it and waits until the guest waits, with what it has said until then. It has to be
+    /// ended with [`kill`].
+    pub fn start(&self, bench: &mut Bench) -> Result<GuestLines, ScenarioError> {
+        self.start_until(bench, "\"how\":\"wait\"")
+    }
+
+    /// Starts it and waits until the guest has said a line with this in it. It has to be ended with
+    /// [`kill`] or [`finish`].
+    pub fn start_until(&self, bench: &mut Bench, said: &str) -> Result<GuestLines, ScenarioError> {
         bench.forget_faults()?;
         let argv = self.argv(next_run());
         let quoted: Vec<String> = argv.iter().map(|word| format!("'{word}'")).collect();
         let script = format!(
-            "rm -f {INPUT} {CONSOLE} {SAID} {PID} {STATUS}
+            "rm -f {INPUT} {STATUS}
              mkfifo {INPUT}
              sleep 1000 > {INPUT} & echo $! > {SLEEPER}
-             {{ {} < {INPUT} > {CONSOLE} 2> {SAID} & echo $! > {PID}
-               wait $! && s=0 || s=$?
-               echo $s > {STATUS}; }} > /dev/null 2>&1 &
-             until grep -q '\"step\":\"{step}\"' {CONSOLE} 2>/dev/null; do
-                 [ ! -e {STATUS} ] || {{ cat {CONSOLE} {SAID} >&2; exit 1; }}
-                 usleep 100000
-             done",
+             (status=0; {} < {INPUT} > {CONSOLE} 2> {SAID} || status=$?
+              echo $status > {STATUS}.new; mv {STATUS}.new {STATUS}) > /dev/null 2>&1 &
+             for second in $(seq {WAIT_LIMIT}); do
+                 if grep -q '{said}.*}}' {CONSOLE}; then cat {CONSOLE}; exit 0; fi
+                 if [ -e {STATUS} ]; then break; fi
+                 sleep 1
+             done
+             cat {CONSOLE} {SAID} >&2
+             exit 1",
             quoted.join(" ")
         );
-        let output = bench.machine().run(&["sh", "-euc", &script], LIMIT)?;
+        let output = bench.machine().run(&["sh", "-uc", &script], LIMIT)?;
         ensure(output.status.success(), || {
-            format!("the guest has ended: {}", output.stderr_text())
-        })
-    }
-
-    /// Runs it to its end, which must be the guest's turning itself off after all these steps.
-    pub fn run_well(&self, bench: &mut Bench, steps: &[&str]) -> Result<GuestLines, ScenarioError> {
-        Ok(self.run(bench)?.ensure_well(steps)?.lines)
+            format!("the guest does not say {said}: {}", output.stderr_text())
+        })?;
+        GuestLines::read(&output.stdout_text())
     }
 }
 
@@ -158,20 +180,32 @@ impl VmEnd {
     }
 }
 
-/// Presses Enter on the console of a run that was [started](VmRun::start_until).
-pub fn enter(bench: &mut Bench) -> Result<(), ScenarioError> {
-    bench.shell(&format!("echo > {INPUT}")).map(drop)
+/// Sends the machine that was started in the background a signal, and waits until it has ended.
+pub fn kill(bench: &mut Bench, signal: &str) -> Result<VmEnd, ScenarioError> {
+    send(bench, signal)?;
+    finish(bench)
 }
 
-/// Waits until a run has ended that was [started](VmRun::start_until).
+/// Sends it a signal.
+pub fn send(bench: &mut Bench, signal: &str) -> Result<(), ScenarioError> {
+    bench.shell(&format!("kill -{signal} $({NUMBER})"))?;
+    Ok(())
+}
+
+/// Presses Enter on its console.
+pub fn enter(bench: &mut Bench) -> Result<(), ScenarioError> {
+    bench.shell(&format!("echo > {INPUT}"))?;
+    Ok(())
+}
+
+/// Waits until it has ended.
 pub fn finish(bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
     let script = format!(
-        "until [ -e {STATUS} ]; do usleep 100000; done
-         kill $(cat {SLEEPER})
+        "until [ -e {STATUS} ]; do usleep 20000; done
+         kill $(cat {SLEEPER}) || true
          cat {CONSOLE}
          cat {SAID} >&2
          exit $(cat {STATUS})"
     );
-    let output = bench.machine().run(&["sh", "-euc", &script], LIMIT)?;
-    VmEnd::of(&output)
+    VmEnd::of(&bench.machine().run(&["sh", "-euc", &script], LIMIT)?)
 }

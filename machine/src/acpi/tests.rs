@@ -6,7 +6,7 @@ fn layout() -> Layout {
         ram: 2 << 30,
         allowed: &[],
         address_bits: 39,
-        bars: &[],
+        functions: &[],
     })
     .unwrap()
 }
@@ -199,7 +199,7 @@ fn without_a_high_window_none_is_named() {
         ram: 2 << 30,
         allowed: &[],
         address_bits: 32,
-        bars: &[],
+        functions: &[],
     };
     let layout = Layout::choose(&bits).unwrap();
     assert_eq!(layout.high_window(), None);

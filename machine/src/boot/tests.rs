@@ -31,7 +31,7 @@ impl Guest {
             ram,
             allowed,
             address_bits: 39,
-            bars: &[],
+            functions: &[],
         });
         let layout = layout.unwrap();
         let pieces = layout.ram().iter().map(|piece| {

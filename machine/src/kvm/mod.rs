@@ -16,7 +16,7 @@ mod vm;
 
 pub use assigned_files::{AssignedFile, AssignedFiles};
 pub use hypervisor::{Hypervisor, HypervisorError};
-pub use interrupts::{InterruptLine, Interrupts};
+pub use interrupts::{FunctionInterrupts, InterruptLine, Interrupts};
 pub use memory_slots::MemorySlots;
 pub use processor::{Processor, Stop};
 pub use vm::{KvmError, Vm};

@@ -4,9 +4,10 @@
 //! somebody says that it shall stop. What the guest does that KVM does not do itself goes to the
 //! [`Board`].
 
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs};
 use kvm_ioctls::{Cap, VcpuExit, VcpuFd};
 use memory_map::Gpa;
 
@@ -98,11 +99,10 @@ impl Processor {
     pub fn run(&mut self, board: &dyn Board, stop: &AtomicBool) -> Stop {
         let mut faults = 0;
         while !stop.load(Ordering::Acquire) {
-            match self.fd.run() {
-                Ok(VcpuExit::MemoryFault { .. }) => {}
-                Ok(exit) => {
+            match self.enter(board) {
+                Ok(stop) => {
                     faults = 0;
-                    if let Some(stop) = carry_out(exit, board) {
+                    if let Some(stop) = stop {
                         return self.reset_or(stop);
                     }
                     continue;
@@ -143,8 +143,8 @@ impl Processor {
         let mut stop = Stop::Told;
         // An access to memory has up to two parts of up to eight bytes each, and a string of
         // accesses to ports is cut at pages.
-        while let Ok(exit) = self.fd.run() {
-            if let Some(other) = carry_out(exit, board) {
+        while let Ok(entered) = self.enter(board) {
+            if let Some(other) = entered {
                 stop = other;
                 break;
             }
@@ -152,25 +152,62 @@ impl Processor {
         self.fd.set_kvm_immediate_exit(0);
         stop
     }
+
+    /// Enters KVM once, and does what the guest wants and KVM leaves to us.
+    #[expect(
+        unsafe_code,
+        reason = "the crate's exit for ports has the data and not how many accesses they are"
+    )]
+    fn enter(&mut self, board: &dyn Board) -> Result<Option<Stop>, kvm_ioctls::Error> {
+        match self.fd.run()? {
+            VcpuExit::IoIn(port, data) => {
+                let mut data = NonNull::from(data);
+                let size = element_size(self.fd.get_kvm_run());
+                // SAFETY: the data lie in a page of their own, behind `kvm_run`, which is mapped as
+                // long as the processor lives; nobody else has it before KVM is entered again.
+                read_port(board, port, size, unsafe { data.as_mut() });
+                Ok(None)
+            }
+            VcpuExit::IoOut(port, data) => {
+                let data = NonNull::from(data);
+                let size = element_size(self.fd.get_kvm_run());
+                // SAFETY: as above.
+                write_port(board, port, size, unsafe { data.as_ref() });
+                Ok(None)
+            }
+            VcpuExit::MemoryFault { .. } => Err(kvm_ioctls::Error::new(libc::EFAULT)),
+            other => Ok(carry_out(other, board)),
+        }
+    }
 }
 
-/// Does what the guest wants and KVM leaves to us.
+/// Of how many bytes each access is that the guest makes to a port.
+#[expect(unsafe_code, reason = "what KVM says of an exit is a union")]
+fn element_size(run: &kvm_run) -> usize {
+    // SAFETY: this part of the union is plain numbers, whatever is in it, and after an exit for a
+    // port it is what KVM has filled in.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    usize::from(io.size.max(1))
+}
+
+/// The guest reads a port, in accesses of `size` bytes: a string instruction (`rep insb`) is handed
+/// over whole, so that four bytes may be one access or four.
+fn read_port(board: &dyn Board, port: u16, size: usize, data: &mut [u8]) {
+    for element in data.chunks_exact_mut(size) {
+        board.port(port, Access::Read(element));
+    }
+}
+
+/// And writes one.
+fn write_port(board: &dyn Board, port: u16, size: usize, data: &[u8]) {
+    for element in data.chunks_exact(size) {
+        board.port(port, Access::Write(element));
+    }
+}
+
+/// Does what the guest wants and KVM leaves to us, but for ports.
 fn carry_out(exit: VcpuExit<'_>, board: &dyn Board) -> Option<Stop> {
     match exit {
-        VcpuExit::IoIn(port, data) => {
-            for piece in pieces(data.len()) {
-                if let Some(data) = data.get_mut(piece) {
-                    board.port(port, Access::Read(data));
-                }
-            }
-        }
-        VcpuExit::IoOut(port, data) => {
-            for piece in pieces(data.len()) {
-                if let Some(data) = data.get(piece) {
-                    board.port(port, Access::Write(data));
-                }
-            }
-        }
         VcpuExit::MmioRead(gpa, data) => board.memory(Gpa::new(gpa), Access::Read(data)),
         VcpuExit::MmioWrite(gpa, data) => board.memory(Gpa::new(gpa), Access::Write(data)),
         VcpuExit::Shutdown => return Some(Stop::Shutdown),
@@ -186,19 +223,6 @@ fn carry_out(exit: VcpuExit<'_>, board: &dyn Board) -> Option<Stop> {
         other => return Some(Stop::Failed(format!("KVM says {other:?}"))),
     }
     None
-}
-
-/// How `length` bytes at a port are accessed: at once, or byte by byte where KVM hands over what a
-/// string instruction does, which it does for ports of bytes.
-fn pieces(length: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let each = if matches!(length, 1 | 2 | 4) {
-        length
-    } else {
-        1
-    };
-    (0..length)
-        .step_by(each)
-        .map(move |at| at..at.saturating_add(each))
 }
 
 /// Has time stamps run as the host's do, from zero.
@@ -226,4 +250,62 @@ fn set_local_pins(processor: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
         }
     }
     processor.set_lapic(&apic)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Ports that count the accesses, and keep what is written.
+    #[derive(Default)]
+    struct Ports(Mutex<Vec<Vec<u8>>>);
+
+    impl Board for Ports {
+        fn port(&self, _: u16, access: Access<'_>) {
+            let mut seen = self.0.lock().unwrap();
+            match access {
+                Access::Read(data) => {
+                    data.fill(u8::try_from(seen.len()).unwrap());
+                    seen.push(data.to_vec());
+                }
+                Access::Write(data) => seen.push(data.to_vec()),
+            }
+        }
+
+        fn memory(&self, _: Gpa, _: Access<'_>) {}
+
+        fn memory_fault(&self, _: u32) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn strings_of_ports_are_accessed_element_by_element() {
+        let bytes = [1, 2, 3, 4];
+        for (size, count) in [(1, 4), (2, 2), (4, 1)] {
+            let ports = Ports::default();
+            write_port(&ports, 0x3f8, size, &bytes);
+            let seen = ports.0.into_inner().unwrap();
+            assert_eq!(seen.len(), count);
+            assert_eq!(seen.concat(), bytes);
+            let ports = Ports::default();
+            let mut read = [0xff; 4];
+            read_port(&ports, 0x3f8, size, &mut read);
+            let seen = ports.0.into_inner().unwrap();
+            assert_eq!(seen.len(), count);
+            assert_eq!(seen.concat(), read);
+        }
+    }
+
+    #[test]
+    fn the_size_of_an_access_is_what_kvm_says() {
+        let mut run = kvm_run::default();
+        run.__bindgen_anon_1.io.size = 2;
+        run.__bindgen_anon_1.io.count = 2;
+        assert_eq!(element_size(&run), 2);
+        run.__bindgen_anon_1.io.size = 0;
+        assert_eq!(element_size(&run), 1, "never no step at all");
+    }
 }

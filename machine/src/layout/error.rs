@@ -5,6 +5,7 @@ use std::fmt;
 use memory_map::{Gpa, GpaRange, Iova};
 
 use super::{Bytes, RAM_UNIT};
+use crate::platform;
 
 /// What ends the addresses that can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +35,15 @@ impl fmt::Display for Bound {
                 write!(f, "the host's IOMMU, which allows no address above {last}")
             }
         }
+    }
+}
+
+/// What limits the window below 4 GiB, where it is this.
+fn low_limit(window: GpaRange) -> String {
+    if window.size() == platform::LOW_WINDOW_SIZE {
+        format!("the machine, which has {window} for them")
+    } else {
+        format!("the host's IOMMU, which leaves {window} of what the machine has for them")
     }
 }
 
@@ -83,15 +93,17 @@ pub enum LayoutError {
          /sys/kernel/iommu_groups)"
     )]
     NoLowWindow,
-    /// The 32-bit BARs do not fit.
+    /// The BARs that have to lie below 4 GiB do not fit.
     #[error(
-        "the 32-bit BARs need {} and do not fit into {window}, which is all that the host's \
-         IOMMU allows for them below 4 GiB: assign fewer devices",
-        Bytes(*needed)
+        "the 32-bit BARs and, behind root ports, those that are not prefetchable need {} below \
+         4 GiB, and there is room for {}: the limit is {}; assign fewer devices",
+        Bytes(*needed), Bytes(*fits), low_limit(*window)
     )]
     LowWindow {
-        /// What they need, in bytes.
+        /// What they need, in bytes, with the ports' windows around them.
         needed: u64,
+        /// How much of the window suits them, in bytes.
+        fits: u64,
         /// What there is.
         window: GpaRange,
     },

@@ -1,4 +1,5 @@
 use super::*;
+use assigned_pci::{BarIndex, BarKind};
 use memory_map::Iova;
 use proptest::prelude::*;
 
@@ -8,9 +9,17 @@ const PREFETCHABLE: BarKind = BarKind::Memory {
     is_64_bit: true,
     prefetchable: true,
 };
+const WIDE: BarKind = BarKind::Memory {
+    is_64_bit: true,
+    prefetchable: false,
+};
 const NARROW: BarKind = BarKind::Memory {
     is_64_bit: false,
     prefetchable: false,
+};
+const NARROW_PREFETCHABLE: BarKind = BarKind::Memory {
+    is_64_bit: false,
+    prefetchable: true,
 };
 
 fn iova(start: u64, last: u64) -> IovaRange {
@@ -22,13 +31,33 @@ fn intel(bits: u8) -> Vec<IovaRange> {
     vec![iova(0, 0xfedf_ffff), iova(0xfef0_0000, (1 << bits) - 1)]
 }
 
-fn wanted<'a>(ram: u64, allowed: &'a [IovaRange], bars: &'a [(BarKind, u64)]) -> Wanted<'a> {
+fn wanted<'a>(ram: u64, allowed: &'a [IovaRange], functions: &'a [FunctionBars]) -> Wanted<'a> {
     Wanted {
         ram,
         allowed,
         address_bits: 48,
-        bars,
+        functions,
     }
+}
+
+fn function(behind_port: bool, bars: &[(BarKind, u64)]) -> FunctionBars {
+    let bars = BarIndex::ALL.into_iter().zip(bars);
+    FunctionBars {
+        behind_port,
+        bars: bars
+            .map(|(bar, (kind, size))| (bar, *kind, *size))
+            .collect(),
+    }
+}
+
+/// A function on the root bus.
+fn on_root(bars: &[(BarKind, u64)]) -> FunctionBars {
+    function(false, bars)
+}
+
+/// A function behind a port.
+fn behind(bars: &[(BarKind, u64)]) -> FunctionBars {
+    function(true, bars)
 }
 
 fn piece(start: u64, size: u64, offset: u64) -> RamPiece {
@@ -101,7 +130,10 @@ fn ram_goes_around_what_an_iommu_reserves_below_4_gib() {
 
 #[test]
 fn a_window_is_aligned_for_the_largest_bar() {
-    let bars = [(PREFETCHABLE, 32 * GIB), (PREFETCHABLE, 32 * MIB)];
+    let bars = [on_root(&[
+        (PREFETCHABLE, 32 * GIB),
+        (PREFETCHABLE, 32 * MIB),
+    ])];
     let allowed = intel(39);
     let layout = Layout::choose(&wanted(16 * GIB, &allowed, &bars)).unwrap();
     let high = layout.high_window().unwrap();
@@ -111,7 +143,7 @@ fn a_window_is_aligned_for_the_largest_bar() {
 
 #[test]
 fn a_window_skips_a_stretch_that_is_too_small() {
-    let bars = [(PREFETCHABLE, 128 * GIB)];
+    let bars = [on_root(&[(PREFETCHABLE, 128 * GIB)])];
     let allowed = [iova(0, 200 * GIB - 1), iova(300 * GIB, (1 << 46) - 1)];
     let layout = Layout::choose(&wanted(4 * GIB, &allowed, &bars)).unwrap();
     let high = layout.high_window().unwrap();
@@ -121,9 +153,90 @@ fn a_window_skips_a_stretch_that_is_too_small() {
 #[test]
 fn small_64_bit_bars_do_without_a_high_window() {
     let allowed = intel(32);
-    let bars = [(PREFETCHABLE, 256 * MIB), (NARROW, MIB)];
+    let bars = [on_root(&[(PREFETCHABLE, 256 * MIB), (NARROW, MIB)])];
     let layout = Layout::choose(&wanted(2 * GIB, &allowed, &bars)).unwrap();
     assert_eq!(layout.high_window(), None);
+}
+
+#[test]
+fn a_function_s_bars_are_where_the_machine_puts_it() {
+    let host = sim_host::SimHost::default();
+    let bars = |spec: sim_host::FunctionSpec| {
+        let function = host.add_function(spec.with_bar(
+            BarIndex::ALL[4],
+            sim_host::BarSpec::new(sim_host::BarKind::Memory64, 0x4000),
+        ));
+        let map = memory_map::RegionManager::new();
+        let options = assigned_pci::FunctionOptions::default();
+        let function = assigned_pci::AssignedFunction::new(function.unwrap(), map, &options);
+        FunctionBars::of(&function.unwrap())
+    };
+    let plain = sim_host::FunctionSpec::new("plain", 0x1234, 1);
+    let express = sim_host::FunctionSpec::new("express", 0x1234, 2).with_express_flr();
+    let expected = vec![(BarIndex::ALL[4], WIDE, 0x4000)];
+    for (spec, behind_port) in [(plain, false), (express, true)] {
+        let found = bars(spec);
+        assert_eq!(
+            (found.behind_port, found.bars),
+            (behind_port, expected.clone())
+        );
+    }
+}
+
+#[test]
+fn a_port_passes_on_above_4_gib_only_what_is_prefetchable() {
+    let functions = [
+        behind(&[(WIDE, 16 << 10), (PREFETCHABLE, 256 * MIB)]),
+        behind(&[(NARROW, 4096), (WIDE, 32 * MIB), (NARROW_PREFETCHABLE, MIB)]),
+        on_root(&[(WIDE, 64 * MIB), (NARROW, 0x100), (BarKind::Io, 0x40)]),
+    ];
+    let layout = Layout::choose(&wanted(GIB, &[], &functions)).unwrap();
+    let high = layout.high_window().unwrap().start().raw();
+    let places: Vec<Vec<_>> = layout
+        .bars()
+        .iter()
+        .map(|places| {
+            let places = places.iter();
+            places
+                .map(|place| (place.bar.get(), place.range.start().raw()))
+                .collect()
+        })
+        .collect();
+    let low = platform::LOW_HOLE.raw();
+    assert_eq!(
+        places,
+        [
+            // A window of 1 MiB behind the other port's.
+            vec![(0, low + 64 * MIB), (1, high)],
+            // One window, aligned for its largest.
+            vec![(1, low), (2, low + 32 * MIB), (0, low + 33 * MIB)],
+            vec![(1, low + 65 * MIB), (0, high + 256 * MIB)],
+        ]
+    );
+}
+
+#[test]
+fn a_port_s_window_counts_as_large_as_a_kernel_may_make_it() {
+    let choose = |functions: &[FunctionBars]| Layout::choose(&wanted(GIB, &[], functions));
+    let nvme = behind(&[(WIDE, 16 << 10)]);
+    assert!(choose(&vec![nvme.clone(); 512]).is_ok());
+    let LayoutError::LowWindow { needed, fits, .. } = choose(&vec![nvme; 513]).unwrap_err() else {
+        panic!("more windows than MiB");
+    };
+    assert_eq!((needed, fits), (513 * MIB, 512 * MIB));
+    // With anything beside it the window is twice as large.
+    let card = behind(&[(WIDE, 256 * MIB), (NARROW, 4096)]);
+    assert!(choose(std::slice::from_ref(&card)).is_ok());
+    assert!(choose(&[card, on_root(&[(NARROW, 4096)])]).is_err());
+    // And a prefetchable one has to be in whole MiB as well.
+    let small = behind(&[(PREFETCHABLE, 4096)]);
+    let layout = choose(&[small.clone(), small]).unwrap();
+    let starts = layout
+        .bars()
+        .iter()
+        .flatten()
+        .map(|place| place.range.start().raw());
+    assert_eq!(starts.collect::<Vec<_>>(), [4 * GIB, 4 * GIB + MIB]);
 }
 
 #[test]
@@ -137,7 +250,7 @@ fn what_does_not_fit_is_an_error_that_says_what_to_do() {
          0xffffffff; there is room for 3 GiB; ask for no more than that, or leave out the devices \
          behind that limit"
     );
-    let bars = [(PREFETCHABLE, GIB)];
+    let bars = [on_root(&[(PREFETCHABLE, GIB)])];
     assert_eq!(
         error(&wanted(GIB, &allowed, &bars)).to_string(),
         "the 64-bit BARs need 1 GiB above 0x100000000, and 0 bytes are free there: the limit is \
@@ -156,11 +269,21 @@ fn what_does_not_fit_is_an_error_that_says_what_to_do() {
             bound: Bound::AddressBits { bits: 36 },
         }
     );
-    let many = [(NARROW, 512 * MIB), (NARROW, 4096)];
-    let LayoutError::LowWindow { needed, .. } = error(&wanted(GIB, &[], &many)) else {
-        panic!("512 MiB are not enough");
-    };
-    assert_eq!(needed, 512 * MIB + 4096);
+    let many = [on_root(&[(NARROW, 512 * MIB), (NARROW, 4096)])];
+    assert_eq!(
+        error(&wanted(GIB, &[], &many)).to_string(),
+        "the 32-bit BARs and, behind root ports, those that are not prefetchable need 524292 KiB \
+         below 4 GiB, and there is room for 512 MiB: the limit is the machine, which has \
+         0xc0000000-0xdfffffff for them; assign fewer devices"
+    );
+    let wide = [behind(&[(WIDE, 256 * MIB)])];
+    let reserved = [iova(0, 0xc00f_ffff), iova(0xc020_0000, 0xfedf_ffff)];
+    assert_eq!(
+        error(&wanted(GIB, &reserved, &[wide[0].clone(), wide[0].clone()])).to_string(),
+        "the 32-bit BARs and, behind root ports, those that are not prefetchable need 512 MiB \
+         below 4 GiB, and there is room for 256 MiB: the limit is the host's IOMMU, which leaves \
+         0xc0200000-0xdfffffff of what the machine has for them; assign fewer devices"
+    );
     let odd = error(&wanted(3 * MIB, &[], &[]));
     assert_eq!(
         odd.to_string(),
@@ -226,20 +349,76 @@ fn allowed() -> impl Strategy<Value = Vec<IovaRange>> {
     })
 }
 
-fn bars() -> impl Strategy<Value = Vec<(BarKind, u64)>> {
-    let bar = (0_u8..4, 4_u32..40).prop_map(|(kind, bits)| match kind {
+/// Functions, on the root bus and behind ports.
+fn functions() -> impl Strategy<Value = Vec<FunctionBars>> {
+    let bar = (0_u8..5, 4_u32..40).prop_map(|(kind, bits)| match kind {
         0 => (BarKind::Io, 1 << (bits % 8)),
         1 => (NARROW, 1 << bits.min(28)),
-        2 => (PREFETCHABLE, 1_u64 << bits),
-        _ => {
-            let kind = BarKind::Memory {
-                is_64_bit: true,
-                prefetchable: false,
-            };
-            (kind, 1_u64 << bits.min(24))
-        }
+        2 => (NARROW_PREFETCHABLE, 1 << bits.min(26)),
+        3 => (PREFETCHABLE, 1_u64 << bits),
+        _ => (WIDE, 1_u64 << bits.min(28)),
     });
-    prop::collection::vec(bar, 0..8)
+    let bars = prop::collection::vec(bar, 0..5);
+    let function = (any::<bool>(), bars).prop_map(|(port, bars)| function(port, &bars));
+    prop::collection::vec(function, 0..6)
+}
+
+/// Whether a BAR can only be below 4 GiB.
+fn has_to_be_low(behind_port: bool, kind: BarKind) -> bool {
+    match kind {
+        BarKind::Io => false,
+        BarKind::Memory {
+            is_64_bit,
+            prefetchable,
+        } => !is_64_bit || (behind_port && !prefetchable),
+    }
+}
+
+/// What a guest's kernel asks room for: for each function that is behind a port a window of what
+/// is to be low and one of the rest, else each BAR. Windows are aligned by their largest BAR, by
+/// half or by a quarter of it, and end on a multiple of that or of 1 MiB, as `choices` say.
+fn asked_for(functions: &[FunctionBars], low: bool, mut choices: u32) -> Vec<(u64, u64)> {
+    let mut choose = |of: u32| {
+        choices = choices.rotate_left(2);
+        choices % of
+    };
+    let mut found = Vec::new();
+    for function in functions {
+        let bars = function.bars.iter();
+        let bars = bars.filter(|(_, kind, _)| kind.is_memory());
+        let sizes: Vec<u64> = bars
+            .filter(|(_, kind, _)| has_to_be_low(function.behind_port, *kind) == low)
+            .map(|(.., size)| *size)
+            .collect();
+        if !function.behind_port {
+            found.extend(sizes.iter().map(|size| (*size, *size)));
+        } else if let Some(largest) = sizes.iter().max() {
+            let alignment = (*largest >> choose(3)).max(WINDOW_UNIT);
+            let end = [alignment, WINDOW_UNIT][choose(2) as usize];
+            let sum: u64 = sizes.iter().sum();
+            found.push((sum.next_multiple_of(end), alignment));
+        }
+    }
+    found.sort_by_key(|(_, alignment)| std::cmp::Reverse(*alignment));
+    found
+}
+
+/// Puts each where there is room first, or tells that there is none.
+fn first_fit(window: GpaRange, asked: &[(u64, u64)]) -> bool {
+    let mut taken: Vec<GpaRange> = Vec::new();
+    asked.iter().all(|(size, alignment)| {
+        let ends = taken.iter().map(|range| range.last().raw() + 1);
+        let mut starts: Vec<u64> = ends.chain([window.start().raw()]).collect();
+        starts.sort_unstable();
+        let found = starts.into_iter().find_map(|start| {
+            let start = start.checked_next_multiple_of(*alignment)?;
+            let range = GpaRange::new(Gpa::new(start), *size).ok()?;
+            let free = !taken.iter().any(|other| other.overlaps(&range));
+            (free && window.covers(&range)).then_some(range)
+        });
+        taken.extend(found);
+        found.is_some()
+    })
 }
 
 fn is_allowed(allowed: &[IovaRange], range: GpaRange) -> bool {
@@ -251,11 +430,12 @@ proptest! {
     fn whatever_is_wanted_lies_where_it_may(
         units in prop_oneof![1_u64..2048, 2048_u64..1 << 20],
         allowed in allowed(),
-        bars in bars(),
+        functions in functions(),
         address_bits in 32_u8..=64,
+        choices in any::<u32>(),
     ) {
         let ram = units * RAM_UNIT;
-        let wanted = Wanted { ram, allowed: &allowed, address_bits, bars: &bars };
+        let wanted = Wanted { ram, allowed: &allowed, address_bits, functions: &functions };
         let Ok(layout) = Layout::choose(&wanted) else { return Ok(()) };
         let fixed = GpaRange::from_inclusive(platform::LOW_HOLE, Gpa::new(FOUR_GIB - 1)).unwrap();
         let reserved = GpaRange::from_inclusive(
@@ -278,21 +458,36 @@ proptest! {
         prop_assert!(fixed.covers(&low) && !low.overlaps(&ecam().unwrap()));
         prop_assert!(low.is_aligned(WINDOW_UNIT));
         taken.push(low);
-        let sum = |wanted: fn(&BarKind) -> bool| -> u64 {
-            bars.iter().filter(|(kind, _)| wanted(kind)).map(|(_, size)| *size).sum()
-        };
-        let (wide, all) = (sum(|kind| kind.is_64_bit()), sum(|kind| kind.is_memory()));
-        prop_assert!(all - wide <= low.size());
+        let [below, anywhere] = [true, false].map(|low| asked_for(&functions, low, choices));
         if let Some(high) = layout.high_window() {
             let ram_last = layout.ram().last().unwrap().range.last();
             prop_assert!(high.start() > ram_last && high.start().raw() >= FOUR_GIB);
-            let wide = bars.iter().filter(|(kind, _)| kind.is_64_bit());
-            let largest = wide.map(|(_, size)| *size).max().unwrap_or(1);
+            let largest = anywhere.first().map_or(1, |(_, alignment)| *alignment);
             prop_assert!(high.start().is_aligned(largest));
-            prop_assert!(sum(|kind| kind.is_64_bit()) <= high.size());
+            prop_assert!(first_fit(low, &below) && first_fit(high, &anywhere));
             taken.push(high);
         } else {
-            prop_assert!(all <= low.size());
+            let mut all = [below, anywhere].concat();
+            all.sort_by_key(|(_, alignment)| std::cmp::Reverse(*alignment));
+            prop_assert!(first_fit(low, &all));
+        }
+        // Every BAR has a place of its own, where it may be.
+        let mut placed: Vec<GpaRange> = Vec::new();
+        prop_assert_eq!(layout.bars().len(), functions.len());
+        for (function, places) in functions.iter().zip(layout.bars()) {
+            let bars = function.bars.iter().filter(|(_, kind, _)| kind.is_memory());
+            prop_assert_eq!(bars.clone().count(), places.len());
+            for (bar, kind, size) in bars {
+                let range = places.iter().find(|place| place.bar == *bar).unwrap().range;
+                prop_assert_eq!(range.size(), *size);
+                prop_assert!(range.is_aligned(*size));
+                prop_assert!(placed.iter().all(|other| !other.overlaps(&range)));
+                let high = layout.high_window().filter(|_| {
+                    !has_to_be_low(function.behind_port, *kind)
+                });
+                prop_assert!(high.unwrap_or(low).covers(&range));
+                placed.push(range);
+            }
         }
         for (index, range) in taken.iter().enumerate() {
             prop_assert!(is_allowed(&allowed, *range));

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Error, Result, bail};
-use assigned_pci::{AssignedFunction, FunctionOptions, Windows, place_bars};
+use assigned_pci::{AssignedFunction, FunctionOptions, put_bars};
 use machine::kvm::{Hypervisor, Vm};
-use machine::layout::{Layout, Wanted};
+use machine::layout::{FunctionBars, Layout, Wanted};
 use machine::{Images, Machine, Notices, Parts};
 use memory_map::{Backing, IovaRange, RegionManager, TargetOptions};
 use vfio_sys::Bdf;
@@ -98,7 +98,7 @@ impl Assembly {
         let mut members = Vec::new();
         for (device, part) in args.device.iter().zip(opened.functions) {
             let options = FunctionOptions {
-                interrupts: Some(Arc::new(vm.interrupts().clone())),
+                interrupts: Some(Arc::new(vm.interrupts().of(&part.host.name()))),
                 ..FunctionOptions::default()
             };
             let function = Arc::new(AssignedFunction::new(part.host, map.clone(), &options)?);
@@ -112,17 +112,13 @@ impl Assembly {
             });
         }
         let holdings = Holdings::new(members, spaces, known);
-        let bars: Vec<_> = holdings
-            .functions()
-            .flat_map(|function| function.bars())
-            .filter(|bar| bar.kind.is_memory())
-            .map(|bar| (bar.kind, bar.size))
-            .collect();
+        let bars = holdings.functions();
+        let bars: Vec<_> = bars.map(|function| FunctionBars::of(function)).collect();
         let layout = Layout::choose(&Wanted {
             ram: args.memory.size,
             allowed: &allowed.unwrap_or_default(),
             address_bits: vm.address_bits(),
-            bars: &bars,
+            functions: &bars,
         })?;
         Ok(Self {
             holdings,
@@ -138,16 +134,18 @@ impl Assembly {
     /// Places the BARs as a guest would and looks who reaches whom. Afterwards the functions are as
     /// at power-on.
     pub fn rehearse(&self, args: &RunArgs) -> Result<RunReport> {
-        let functions = self.holdings.functions();
-        let functions: Vec<&AssignedFunction> = functions.map(|function| &**function).collect();
-        let low = self.layout.low_window();
-        let high = self.layout.high_window().unwrap_or(low);
-        let pairs = place_bars(&functions, Windows { low, high })
-            .map_err(Error::from)
-            .and_then(|placed| match placed.outcome.host_errors.first() {
+        let functions: Vec<_> = self.holdings.functions().collect();
+        let mut wanted = Vec::new();
+        for (function, places) in functions.iter().zip(self.layout.bars()) {
+            let bars = places.iter().map(|place| (place.bar, place.range.start()));
+            wanted.push((&***function, bars.collect()));
+        }
+        let pairs = put_bars(&wanted).map_err(Error::from).and_then(|outcome| {
+            match outcome.host_errors.first() {
                 Some(error) => Err(*error).context("placing the BARs"),
                 None => self.pairs(),
-            });
+            }
+        });
         // However that ended. Not every function has a reset; it is quiet all the same.
         for function in &functions {
             let _quiet: assigned_pci::Outcome = function.quiesce();

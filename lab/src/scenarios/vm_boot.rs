@@ -1,0 +1,109 @@
+//! Guests of `throughway run` and their platform: the other kernel, the other way to enter one, the
+//! power button, interrupts.
+
+use std::time::{Duration, Instant};
+
+use super::footprint::Footprint;
+use super::virtual_machine::{ALL, blocked_where_nobody_is, nobodies};
+use super::vm_run::{self, VmRun};
+use super::{EDU, IOMMUFD_KERNEL, IVSHMEM};
+use crate::initramfs::GUEST_ELF;
+use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
+
+/// This file's scenarios for a guest's kernel that has a power button's driver and is there as an
+/// ELF file.
+pub static SCENARIOS: &[Scenario] = shared_scenarios![
+    on IOMMUFD_KERNEL;
+    VIRTUAL_MACHINE:
+        vm_is_booted_by_pvh,
+        vm_turns_itself_off_when_its_power_button_is_pressed,
+        vm_that_does_not_listen_ends_at_the_second_signal,
+        vm_interrupt_that_is_sent_to_nobody_is_lost_and_said,
+];
+
+/// Those for Debian's kernel, as the host and as the guest.
+pub static ON_THE_STOCK_KERNEL: &[Scenario] = shared_scenarios![
+    VIRTUAL_MACHINE: vm_devices_reach_each_other_on_the_stock_kernel,
+];
+
+fn vm_is_booted_by_pvh(bench: &mut Bench) -> Result<(), ScenarioError> {
+    let before = Footprint::take(bench)?;
+    let run = VmRun {
+        kernel: GUEST_ELF,
+        ..VmRun::new("iommufd", &[EDU, IVSHMEM], "p2p,poweroff")
+    };
+    let lines = run.run_well(bench, &["boot", "p2p", "end"])?;
+    lines.list("p2p", "moved", 1)?;
+    before.ensure_same(bench)
+}
+
+fn vm_turns_itself_off_when_its_power_button_is_pressed(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let before = Footprint::take(bench)?;
+    let run = VmRun::new("iommufd", &[EDU, IVSHMEM], "button,poweroff");
+    let waits = run.start_until(bench, r#""step":"button-wait""#)?;
+    waits.ensure_steps(&["boot", "button-wait"])?;
+    let end = vm_run::kill(bench, "TERM")?;
+    let steps = ["boot", "button-wait", "button", "end"];
+    end.lines.ensure_steps(&steps)?;
+    ensure(
+        end.status.success() && end.said.contains("the guest turned itself off"),
+        || format!("ended with {}: {}", end.status, end.said),
+    )?;
+    before.ensure_same(bench)
+}
+
+/// How long a guest has for its power button. What ends sooner has not waited for that.
+const GRACE: Duration = Duration::from_secs(30);
+
+fn vm_that_does_not_listen_ends_at_the_second_signal(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let before = Footprint::take(bench)?;
+    let run = VmRun::new("iommufd", &[EDU, IVSHMEM], "wait");
+    run.start(bench)?.ensure_steps(&["boot", "end"])?;
+    let pressed = Instant::now();
+    vm_run::send(bench, "TERM")?;
+    bench.run_ok(&["sleep", "2"])?;
+    // The button alone does nothing to a guest that does not listen.
+    vm_run::send(bench, "0")?;
+    let end = vm_run::kill(bench, "TERM")?;
+    let took = pressed.elapsed();
+    ensure(took < GRACE, || format!("it took {took:?}"))?;
+    ensure(
+        end.status.success() && end.said.contains("the machine was told to end"),
+        || format!("ended with {}: {}", end.status, end.said),
+    )?;
+    before.ensure_same(bench)
+}
+
+fn vm_interrupt_that_is_sent_to_nobody_is_lost_and_said(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let end = VmRun::new("iommufd", &[EDU, IVSHMEM], "msi,poweroff").run(bench)?;
+    end.lines.ensure_steps(&["boot", "msi", "end"])?;
+    let said = format!("{EDU}: an interrupt is sent where no interrupt controller is, and is lost");
+    ensure(end.status.success() && end.said.contains(&said), || {
+        format!("ended with {}: {}", end.status, end.said)
+    })
+}
+
+fn vm_devices_reach_each_other_on_the_stock_kernel(bench: &mut Bench) -> Result<(), ScenarioError> {
+    let steps = ["p2p", "nobody", "move", "flr", "p2p", "poweroff"];
+    let mut told = vec!["boot"];
+    told.extend(&steps[..steps.len() - 1]);
+    told.push("end");
+    let steps = steps.join(",");
+    let run = VmRun::new("type1", &ALL, &steps);
+    // An nvme that the firmware has looked at masters the bus until it has been closed once.
+    run.rehearse(bench)?;
+    let before = Footprint::take(bench)?;
+    let lines = run.run_well(bench, &told)?;
+    before.ensure_same(bench)?;
+    lines.list("p2p", "moved", 2)?;
+    lines.list("move", "moves", 8)?;
+    let tried = nobodies(&lines.all());
+    ensure(tried.len() >= 12, || format!("few controls: {tried:x?}"))?;
+    blocked_where_nobody_is(&tried, &bench.dmar_faults()?)
+}
