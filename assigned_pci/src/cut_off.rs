@@ -76,7 +76,7 @@ impl AssignedFunction {
         stopped
     }
 
-    /// Whether it has been cut off.
+    /// Whether its bus mastering is held off: it has been cut off, or [removed](Self::remove).
     #[must_use]
     pub fn is_cut_off(&self) -> bool {
         self.guard.is_cut_off()

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use memory_map::{DisabledBecause, Gpa, Priority, RegionId, RegionManager};
 
 use crate::bar::{Bar, BarKind};
-use crate::config_space::{CONVENTIONAL_SIZE, ConfigReader, EXPRESS_SIZE};
+use crate::config_space::{COMMAND, CONVENTIONAL_SIZE, ConfigReader, EXPRESS_SIZE};
 use crate::controls::Controls;
 use crate::cut_off::Aftermath;
 use crate::discovery::{bar_error, quiesce, read_bars, read_ids, region};
@@ -352,8 +352,12 @@ impl AssignedFunction {
         })
     }
 
-    /// Takes the function out of the guest: its regions leave the map. From then on config space
-    /// reads all ones and everything written is ignored. A second call does nothing.
+    /// Takes the function out of the guest: bus mastering goes off, and is held off for good, its
+    /// interrupts are disconnected, and its regions leave the map in one commit. From then on config
+    /// space reads all ones and everything written is ignored. A second call does nothing.
+    ///
+    /// The host's side goes on decoding: what is not reached any more is not reached because nobody
+    /// has a mapping of it. It is closed when this value and all backings of its BARs are dropped.
     pub fn remove(&self) -> Outcome {
         let mut outcome = Outcome::default();
         let mut state = self.lock();
@@ -362,6 +366,11 @@ impl AssignedFunction {
         }
         state.removed = true;
         state.decoding = false;
+        let (_, stopped) = self.guard.cut_off();
+        if let Err(error) = stopped {
+            let error = HostError::new(HostCall::ConfigWrite(COMMAND), &error);
+            outcome.host_errors.push(error);
+        }
         self.end_interrupts(&mut state, &mut outcome);
         let regions: Vec<_> = state
             .bars

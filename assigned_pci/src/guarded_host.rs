@@ -1,4 +1,5 @@
-//! The host's side of a function behind a guard that can hold its bus mastering off for good.
+//! The host's side of a function behind a guard that can hold its bus mastering off for good: when
+//! it is cut off, and when it leaves the guest.
 //!
 //! Every [`AssignedFunction`](crate::AssignedFunction) has one around the [`HostFunction`] it was
 //! made from, and whoever reaches the host through it

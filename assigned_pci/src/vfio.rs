@@ -7,7 +7,8 @@
 //! A host that wants a device back (it is pulled out, or unbound) signals
 //! [`IrqIndex::REQUEST`](vfio_sys::IrqIndex::REQUEST) and waits for that. Its embedder then
 //! [removes](crate::AssignedFunction::remove) the function from the guest, which takes its BARs out
-//! of every target, unregisters a target that nobody else is behind, and drops the function.
+//! of every target, unregisters a target that nobody else is behind, has KVM forget the device's file
+//! if it was told of it, and drops the function.
 
 use std::fmt;
 use std::io;

@@ -25,7 +25,7 @@ use memory_map::{
 };
 
 use crate::chipset::{Chipset, Request};
-use crate::function::GuestFunction;
+use crate::function::{GuestFunction, PulledOut};
 use crate::layout::RamPiece;
 use crate::pci::{ConfigAddress, NoRoom, Place, Root};
 use crate::platform::{ECAM, ECAM_SIZE, IO_APIC, KVM_PAGES, LOCAL_APIC};
@@ -64,7 +64,7 @@ pub struct Hardware {
     map: RegionManager,
     root: Root,
     chipset: Arc<Chipset>,
-    functions: Vec<GuestFunction>,
+    functions: Vec<Arc<GuestFunction>>,
     places: Vec<Place>,
     /// Which function's, and which of its BARs.
     bars: BTreeMap<RegionId, (usize, BarIndex)>,
@@ -131,10 +131,10 @@ impl Hardware {
         let mut bars = BTreeMap::new();
         let functions: Vec<_> = functions
             .into_iter()
-            .map(|function| GuestFunction::new(function, notices.clone()))
+            .map(|function| Arc::new(GuestFunction::new(function, notices.clone())))
             .collect();
         for (index, function) in functions.iter().enumerate() {
-            places.push(root.add(Arc::new(function.clone()))?);
+            places.push(root.add(function.clone())?);
             for (region, bar) in function.regions() {
                 bars.insert(region, (index, bar));
             }
@@ -180,6 +180,14 @@ impl Hardware {
         self.chipset.reset();
     }
 
+    /// Pulls a function out, by its place among those that were given: it masters the bus no more, its
+    /// interrupts end, and its BARs leave the map. The others are not touched. To the guest it is as
+    /// a device that was pulled out without a word, and stays away over a reset. Processors may run.
+    /// None if there is no such function, or not any more.
+    pub fn pull_out(&self, function: usize) -> Option<PulledOut> {
+        self.functions.get(function)?.pull_out()
+    }
+
     fn ram(&self, offset: u64, access: Access<'_>) {
         let Some(ram) = self.ram.downcast_ref::<Ram>() else {
             return;
@@ -206,8 +214,8 @@ impl Hardware {
                 change.disable(region, DisabledBecause::Owner);
             }
             let what = "it does not answer, and is taken out of the map";
-            let name = function.function().name();
-            self.notices.note(name, what, &"reset it from the guest");
+            let told = &"reset it from the guest";
+            self.notices.note(function.name(), what, told);
         }
         if !any {
             return false;

@@ -30,7 +30,9 @@
 //!    on the RAM's own pages.
 //! 4. Nothing that the guest does ends the process or a thread of it: it ends the machine at the
 //!    worst, with a reason. What is said of it is said a bounded number of times.
-//! 5. RAM and windows avoid whatever the IOMMUs reserve, and lie below the guest's physical
+//! 5. A function that was [pulled out](Controls::pull_out) is nobody from then on, whatever the guest
+//!    was doing with it; what the others do is not touched.
+//! 6. RAM and windows avoid whatever the IOMMUs reserve, and lie below the guest's physical
 //!    address width. The firmware tables, the kernel's memory map and the windows come from one
 //!    layout.
 
@@ -50,6 +52,7 @@ pub mod platform;
 
 pub use board::{Access, Board};
 pub use chipset::{Chipset, Line, Request};
+pub use function::PulledOut;
 pub use guest_ram::GuestRamError;
 pub use hardware::{Asked, Hardware, HardwareError};
 pub use machine::{Controls, Ended, Images, Machine, MachineError, Parts};

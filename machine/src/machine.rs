@@ -18,9 +18,9 @@ use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -35,7 +35,7 @@ use crate::kvm::{KvmError, Processor, Stop, Vm};
 use crate::layout::Layout;
 use crate::pci::Place;
 use crate::platform::{EVENT_GSI, RESET_CODE, RESET_VECTOR, SERIAL_GSI};
-use crate::{Hardware, HardwareError, Notices, acpi, boot};
+use crate::{Hardware, HardwareError, Notices, PulledOut, acpi, boot};
 
 /// How often a processor is told to stop until it has.
 const BETWEEN_SIGNALS: Duration = Duration::from_millis(1);
@@ -139,6 +139,7 @@ pub enum Ended {
 pub struct Controls {
     /// Not the functions with it: they end with the machine, whoever still has controls.
     chipset: Arc<Chipset>,
+    hardware: Weak<Hardware>,
     told: Arc<AtomicBool>,
     events: Sender<Event>,
 }
@@ -154,6 +155,16 @@ impl Controls {
         self.told.store(true, Ordering::Release);
         // Nobody listens if it has ended.
         let _unheard = self.events.send(Event::Told);
+    }
+
+    /// Pulls a function out, by its place among [`Parts::functions`]. To the guest it is as a device
+    /// that was pulled out without a word: config space and BARs read all ones, writes do nothing, no
+    /// interrupt comes; it stays away over a reset. When this returns it masters the bus no more, and
+    /// its BARs are in no IOMMU and no memory slot. None if there is no such function, or not any more,
+    /// or if the machine is gone.
+    #[must_use = "the function is given back to the host when this is dropped"]
+    pub fn pull_out(&self, function: usize) -> Option<PulledOut> {
+        self.hardware.upgrade()?.pull_out(function)
     }
 
     /// Types on the serial console.
@@ -226,6 +237,7 @@ impl Machine {
         }
         let controls = Controls {
             chipset: hardware.chipset().clone(),
+            hardware: Arc::downgrade(&hardware),
             told: Arc::default(),
             events: sender,
         };

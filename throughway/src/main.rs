@@ -1,7 +1,9 @@
 //! PCI passthrough in which every device reaches every other.
 
 mod demo;
+mod described;
 mod guest_driver;
+mod host;
 mod map_table;
 mod p2p;
 mod pattern;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use memory_map::{Reach, Reason, RegionKind, RegionManager};
 
 use super::fake::*;
-use crate::{AssignedFunction, BarIndex, BarKind, FunctionOptions};
+use crate::{AssignedFunction, BarIndex, BarKind, FunctionOptions, HostCall};
 
 #[test]
 fn one_region_for_each_memory_bar() {
@@ -102,6 +102,36 @@ fn dropping_and_removing_take_the_regions_out() {
     assert_eq!(map.view(), []);
     assert_eq!(map.reach(), []);
     let _ = target.unregister();
+}
+
+#[test]
+fn what_is_removed_masters_the_bus_no_more_and_goes_on_decoding() {
+    let bench = Bench::with_32_bit_bar();
+    let _ = bench.bar(0, 0x8000_0000);
+    let _ = bench.command(ON);
+    bench.events();
+    assert!(bench.function.remove().is_ok());
+    let quiet = Event::ConfigWrite(COMMAND, 0x0002_u16.to_le_bytes().to_vec());
+    assert_eq!(bench.events(), [quiet, Event::Unmap(0x8000_0000)]);
+    // Nobody turns it on again who is in the middle of something.
+    bench.function.host().config_write(COMMAND, &[6]).unwrap();
+    assert_eq!(bench.host.command(), 2);
+    // Its end asks for nothing more.
+    bench.events();
+    drop(bench.function);
+    assert_eq!(*bench.host.log.lock(), []);
+}
+
+#[test]
+fn a_removal_whose_host_refuses_says_so_and_is_carried_out() {
+    let bench = Bench::with_32_bit_bar();
+    let _ = bench.bar(0, 0x8000_0000);
+    let _ = bench.command(ON);
+    bench.host.refuse.lock().config_write = true;
+    let outcome = bench.function.remove();
+    let calls: Vec<_> = outcome.host_errors.iter().map(|error| error.call).collect();
+    assert_eq!(calls, [HostCall::ConfigWrite(COMMAND)]);
+    assert_eq!(bench.mapped(), []);
 }
 
 #[test]

@@ -563,11 +563,11 @@ fn what_a_sibling_revoked_is_made_again_for_all_of_them() {
     assert_eq!(outcome.reports.len(), 1);
     assert_eq!(bench.mapped(), [0x8000_0000, 0x9100_0000]);
     // What has been removed is left alone.
-    gone.host().config_write(COMMAND, &[4]).unwrap();
+    gone.host().config_write(COMMAND, &[2]).unwrap();
     let _ = set.hot_reset(impatient(1), &mut || Ok(()));
     let mut command = [0; 2];
     gone.host().config_read(COMMAND, &mut command).unwrap();
-    assert_eq!(command, [4, 0]);
+    assert_eq!(command, [2, 0]);
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod machine;
 mod messages;
 mod nvme;
 mod pile;
+mod pulled;
 mod race;
 mod resets;
 
@@ -137,6 +138,7 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
         "rescan" => bars::removed_and_found(cast),
         "msi" => messages::to_nobody(cast),
         "race" => race::moves_and_transfers(cast, number.unwrap_or(10)),
+        "pulled" => pulled::pulled_out(cast),
         "hostile" => hostile::nonsense(cast, number.unwrap_or(100_000)),
         "pile" => pile::lay_over_one_another(cast),
         "flr" => resets::by_register(cast),

@@ -38,6 +38,21 @@ impl Footprint {
         )))
     }
 
+    /// The same but for what it says of a function, which is another one by now.
+    pub fn without(&self, function: &str) -> Self {
+        let mut left_out = false;
+        let mut lines = Vec::new();
+        for line in self.0.lines() {
+            if let Some(device) = line.strip_prefix("/sys/bus/pci/devices/") {
+                left_out = device.starts_with(function);
+            }
+            if !left_out {
+                lines.push(line);
+            }
+        }
+        Self(lines.join("\n"))
+    }
+
     /// What a script printed that ran [`SCRIPT`].
     pub fn printed(text: &str) -> Self {
         Self(text.to_owned())
@@ -63,4 +78,22 @@ pub fn pages_ever_pinned(bench: &mut Bench) -> Result<u64, ScenarioError> {
     let text = bench.shell(script)?;
     let number = text.trim().parse();
     number.map_err(|_| ScenarioError::unexpected(format!("no number: {text}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_is_left_out_with_all_that_is_said_of_it() {
+        let [before, of_it, after] = [
+            "pinned pages: 0\n/sys/bus/pci/devices/0000:00:05.0: x\n00000000 34\n",
+            "/sys/bus/pci/devices/0000:01:00.0: y\n00000000 f4\n00000040\n",
+            "/sys/bus/pci/devices/0000:02:00.0: z\n00000000 86",
+        ];
+        let all = Footprint(format!("{before}{of_it}{after}"));
+        let rest = Footprint(format!("{before}{after}"));
+        assert_eq!(all.without("0000:01:00.0"), rest);
+        assert_eq!(rest.without("0000:01:00.0"), rest);
+    }
 }

@@ -1,12 +1,9 @@
 //! Devices that come and go while the machine runs: the host pulls one out and plugs one in.
 
-use std::time::Duration;
-
-use serde_json::{Value, json};
-
 use super::footprint::Footprint;
 use super::p2p_run::{P2pRun, TAKEN_BACK, p2p, ways};
-use super::{BOTH_KERNELS, EDU, FAR_EDU, FAR_IVSHMEM, IVSHMEM, kernel_log};
+use super::pluggable::{LIMIT, Pluggable, far_edu, far_ivshmem};
+use super::{BOTH_KERNELS, EDU, FAR_EDU, IVSHMEM, kernel_log};
 use crate::monitor::MonitorError;
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
 
@@ -19,83 +16,6 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
         engine_that_is_pulled_out_is_given_back_and_the_others_go_on,
         device_that_is_not_there_cannot_leave;
 ];
-
-/// A device behind a root port, see `ROOT_PORTS`.
-struct Pluggable {
-    function: &'static str,
-    /// QEMU's name for it, and for its port.
-    id: &'static str,
-    port: &'static str,
-    /// Its kind, for QEMU and as its identification says, and what makes it what it is.
-    driver: &'static str,
-    identification: &'static str,
-    property: (&'static str, Value),
-    /// The memory behind it, if it is of QEMU's, and its size in bytes.
-    memory: Option<(&'static str, u64)>,
-}
-
-fn far_edu() -> Pluggable {
-    Pluggable {
-        function: FAR_EDU,
-        id: "far-edu",
-        port: "port-b",
-        driver: "edu",
-        identification: "0x1234:0x11e8",
-        property: ("dma_mask", json!(u64::MAX)),
-        memory: None,
-    }
-}
-
-fn far_ivshmem() -> Pluggable {
-    Pluggable {
-        function: FAR_IVSHMEM,
-        id: "far-ivshmem",
-        port: "port-c",
-        driver: "ivshmem-plain",
-        identification: "0x1af4:0x1110",
-        property: ("memdev", json!("far")),
-        memory: Some(("far", 1 << 20)),
-    }
-}
-
-/// How long the nested kernel may take to notice.
-const LIMIT: Duration = Duration::from_secs(60);
-
-impl Pluggable {
-    fn sysfs(&self) -> String {
-        format!("/sys/bus/pci/devices/{}", self.function)
-    }
-
-    /// Plugs another one in and gives it to vfio-pci, so that all is as it was before.
-    fn plug_in(&self, bench: &mut Bench) -> Result<(), ScenarioError> {
-        let bus = ("bus", json!(self.port));
-        let properties = [bus, self.property.clone()];
-        let monitor = bench.monitor()?;
-        if let Some((id, size)) = self.memory {
-            // QEMU dies of a second ivshmem-plain with the same memory.
-            monitor.execute("object-del", json!({ "id": id }))?;
-            let kind = "memory-backend-memfd";
-            let new = json!({ "qom-type": kind, "id": id, "size": size, "share": true });
-            monitor.execute("object-add", new)?;
-        }
-        monitor.device_add(self.driver, self.id, &properties)?;
-        // It is another device: nothing binds it but whoever wants it. It takes no driver until the
-        // kernel is done with it, some time after it is seen.
-        let (sysfs, function, expected) = (self.sysfs(), self.function, self.identification);
-        bench.shell(&format!(
-            "until [ -d {sysfs} ]; do usleep 10000; done
-             [ ! -e {sysfs}/driver ]
-             echo vfio-pci > {sysfs}/driver_override
-             until [ -e {sysfs}/driver ]; do
-                 echo {function} > /sys/bus/pci/drivers_probe
-                 usleep 10000
-             done
-             readlink {sysfs}/driver | grep -q /vfio-pci$
-             [ $(cat {sysfs}/vendor):$(cat {sysfs}/device) = {expected} ]"
-        ))?;
-        Ok(())
-    }
-}
 
 fn device_that_nobody_holds_leaves_and_another_comes(
     bench: &mut Bench,
@@ -126,12 +46,6 @@ const BEGIN: &str = r#"
         usleep 10000
     done
 "#;
-/// Waits until the kernel has asked for the function once more than before.
-const ASKED: &str = r"
-    until [ $(dmesg | grep -c 'Relaying device request to user (#0)') -gt $before ]; do
-        usleep 10000
-    done
-";
 /// Ends it, and prints what it printed. The exit status is its own.
 const END: &str = r"
     echo > /tmp/hold
@@ -150,7 +64,6 @@ fn pulled_out_of_a_run(
     functions: &[&str],
     pulled: &Pluggable,
 ) -> Result<P2pRun, ScenarioError> {
-    let sysfs = pulled.sysfs();
     bench.forget_faults()?;
     let common = ["--json", "--exercise", "--hold", "--iommu", way];
     let options = [&common, options].concat();
@@ -159,20 +72,9 @@ fn pulled_out_of_a_run(
         "run='{run}'
 {BEGIN}"
     ))?;
-    let before = bench.shell("dmesg | grep -c 'Relaying device request to user (#0)' || true")?;
-    // Negative control: as long as the run does nothing, the function does not go.
-    bench.shell("kill -STOP $(cat /tmp/pid)")?;
-    bench.monitor()?.device_del(pulled.id)?;
+    pulled.pull_out_of(bench, "cat /tmp/pid")?;
     bench.shell(&format!(
-        "before={before}
-{ASKED}
-[ -e {sysfs} ]
-kill -CONT $(cat /tmp/pid)"
-    ))?;
-    bench.monitor()?.wait_until_deleted(pulled.id, LIMIT)?;
-    bench.shell(&format!(
-        "[ ! -e {sysfs} ]
-         until grep -q 'wanted {} back, and has it' /tmp/said; do usleep 10000; done",
+        "until grep -q 'wanted {} back, and has it' /tmp/said; do usleep 10000; done",
         pulled.function
     ))?;
     let run = P2pRun::of(bench, &["sh", "-c", END])?;

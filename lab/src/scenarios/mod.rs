@@ -22,6 +22,7 @@ mod footprint;
 mod guest_lines;
 mod kernel_log;
 mod p2p_run;
+mod pluggable;
 mod running_vm;
 mod vm_run;
 
@@ -46,6 +47,7 @@ pub mod unsuitable_hosts;
 pub mod virtual_machine;
 pub mod vm_boot;
 pub mod vm_hostile;
+pub mod vm_hotplug;
 
 use std::borrow::Cow;
 
@@ -252,6 +254,24 @@ pub static VIRTUAL_MACHINE: Shape = Shape {
     guest: true,
 };
 
+/// Of [`VM_AND_PORT`]: another peer with real memory, which can be pulled out.
+const VM_FAR_IVSHMEM: &str = "0000:01:00.0";
+
+/// For a guest of `throughway run`: [`EDU_AND_IVSHMEM`] and another ivshmem-plain (1 MiB) behind a
+/// root port. It holds what a guest boots from.
+pub static VM_AND_PORT: Shape = Shape {
+    name: "for a virtual machine, one device behind a root port",
+    objects: &[MEMORY_OF_06, "memory-backend-memfd,id=far,size=1M,share=on"],
+    devices: &[
+        EDU_05,
+        IVSHMEM_06,
+        "pcie-root-port,id=port-c,slot=12,chassis=12,addr=0c.0",
+        "ivshmem-plain,id=far-ivshmem,bus=port-c,memdev=far",
+    ],
+    guest: true,
+    ..EDU_AND_IVSHMEM
+};
+
 /// All scenarios, in the order in which they are run.
 #[must_use]
 pub fn all() -> Vec<&'static Scenario> {
@@ -280,6 +300,7 @@ pub fn all() -> Vec<&'static Scenario> {
         vm_boot::SCENARIOS,
         vm_boot::ON_THE_STOCK_KERNEL,
         vm_hostile::SCENARIOS,
+        vm_hotplug::SCENARIOS,
         process_end::SCENARIOS,
     ]
     .into_iter()

@@ -1,15 +1,18 @@
-//! A run of `throughway run` in the background, that is asked for things while its guest waits.
+//! A run of `throughway run` in the background, that is asked for things meanwhile.
 
 use super::guest_lines::GuestLines;
-use super::vm_run::{CONSOLE, LIMIT, SAID, STATUS, VmRun};
+use super::vm_run::{LIMIT, VmEnd, VmRun};
 use crate::scenario::{Bench, ScenarioError, ensure};
 
-/// What is typed, and its process.
+/// Where it reads and writes, its process's number, and, when it has ended, its status.
 const KEYS: &str = "/tmp/vm-keys";
+const CONSOLE: &str = "/tmp/vm-console";
+const SAID: &str = "/tmp/vm-said";
 const PROCESS: &str = "/tmp/vm-process";
+const STATUS: &str = "/tmp/vm-status";
 
-/// A virtual machine that runs, until [`await_end`](super::vm_run::await_end). Where a scenario fails it
-/// is left to the nested machine's end.
+/// A virtual machine that runs, until [`await_end`](Self::await_end). One at a time. Where a scenario
+/// fails it is left to the nested machine's end.
 #[derive(Debug)]
 pub struct RunningVm {
     /// The process's number, as text.
@@ -36,6 +39,16 @@ impl RunningVm {
         })
     }
 
+    /// Starts it and waits until the guest waits, with what it has said until then.
+    pub fn start_until_it_waits(
+        bench: &mut Bench,
+        run: &VmRun<'_>,
+    ) -> Result<(Self, GuestLines), ScenarioError> {
+        let vm = Self::start(bench, run)?;
+        let lines = vm.await_said(bench, r#""how":"wait""#, 1)?;
+        Ok((vm, lines))
+    }
+
     /// Waits until a step of the guest's has ended so many times, well or not, and gives all lines up
     /// to then.
     pub fn await_step(
@@ -44,8 +57,18 @@ impl RunningVm {
         step: &str,
         times: usize,
     ) -> Result<GuestLines, ScenarioError> {
+        self.await_said(bench, &format!("\"step\":\"{step}\""), times)
+    }
+
+    /// Waits until the guest has said so many lines with this in them, and gives all lines up to then.
+    fn await_said(
+        &self,
+        bench: &mut Bench,
+        said: &str,
+        times: usize,
+    ) -> Result<GuestLines, ScenarioError> {
         let script = format!(
-            "until [ $(grep -c '\"step\":\"{step}\".*}}' {CONSOLE}) -ge {times} ]; do
+            "until [ $(grep -c '{said}.*}}' {CONSOLE}) -ge {times} ]; do
                  if [ -e {STATUS} ]; then cat {CONSOLE} {SAID} >&2; exit 1; fi
                  usleep 200000
              done
@@ -53,8 +76,7 @@ impl RunningVm {
         );
         let output = bench.machine().run(&["sh", "-uc", &script], LIMIT)?;
         ensure(output.status.success(), || {
-            let said = output.stderr_text();
-            format!("ended before the step {step}: {said}")
+            format!("ended before it said {said}: {}", output.stderr_text())
         })?;
         GuestLines::read(&output.stdout_text())
     }
@@ -62,6 +84,12 @@ impl RunningVm {
     /// Presses Enter on its console.
     pub fn press_enter(&self, bench: &mut Bench) -> Result<(), ScenarioError> {
         bench.shell(&format!("echo > {KEYS}"))?;
+        Ok(())
+    }
+
+    /// Sends it a signal.
+    pub fn send(&self, bench: &mut Bench, signal: &str) -> Result<(), ScenarioError> {
+        bench.run_ok(&["kill", &format!("-{signal}"), &self.process])?;
         Ok(())
     }
 
@@ -77,5 +105,16 @@ impl RunningVm {
             self.process
         ))?;
         Ok(())
+    }
+
+    /// Waits until it has ended.
+    pub fn await_end(self, bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
+        let script = format!(
+            "until [ -e {STATUS} ]; do usleep 20000; done
+             cat {CONSOLE}
+             cat {SAID} >&2
+             exit $(cat {STATUS})"
+        );
+        VmEnd::of(&bench.machine().run(&["sh", "-euc", &script], LIMIT)?)
     }
 }

@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::footprint::Footprint;
-use super::vm_run::{VmRun, kill};
+use super::running_vm::RunningVm;
+use super::vm_run::VmRun;
 use super::{EDU, IGB, IOMMUFD_KERNEL, IVSHMEM, NVME, VM_IVSHMEM};
 use crate::channel::Status;
 use crate::dmar::DmarFault;
@@ -178,15 +179,16 @@ fn panic_ends_the_machine(bench: &mut Bench) -> Result<(), ScenarioError> {
 
 fn killed_leaves_nothing(bench: &mut Bench, iommu: &str) -> Result<(), ScenarioError> {
     let before = Footprint::take(bench)?;
-    VmRun::new(iommu, &ALL, "p2p,wait")
-        .start(bench)?
-        .ensure_steps(&["boot", "p2p", "end"])?;
+    let run = VmRun::new(iommu, &ALL, "p2p,wait");
+    let (vm, lines) = RunningVm::start_until_it_waits(bench, &run)?;
+    lines.ensure_steps(&["boot", "p2p", "end"])?;
     // Negative control of the footprint: while it runs, its RAM is pinned.
     let pinned = Footprint::take(bench)?.pinned_pages();
     ensure(pinned >= Some((512 << 20) / 0x1000), || {
         format!("{pinned:?} pages are pinned by a guest of 512 MiB")
     })?;
-    kill(bench, "KILL")?;
+    vm.send(bench, "KILL")?;
+    vm.await_end(bench)?;
     before.ensure_same(bench)?;
     VmRun::new(iommu, &ALL, "p2p,poweroff").run_well(bench, &["boot", "p2p", "end"])?;
     before.ensure_same(bench)

@@ -4,8 +4,9 @@
 use std::time::{Duration, Instant};
 
 use super::footprint::Footprint;
+use super::running_vm::RunningVm;
 use super::virtual_machine::{ALL, blocked_where_nobody_is, nobodies};
-use super::vm_run::{self, VmRun};
+use super::vm_run::VmRun;
 use super::{EDU, IOMMUFD_KERNEL, IVSHMEM};
 use crate::initramfs::GUEST_ELF;
 use crate::scenario::{Bench, Scenario, ScenarioError, ensure};
@@ -42,9 +43,11 @@ fn vm_turns_itself_off_when_its_power_button_is_pressed(
 ) -> Result<(), ScenarioError> {
     let before = Footprint::take(bench)?;
     let run = VmRun::new("iommufd", &[EDU, IVSHMEM], "button,poweroff");
-    let waits = run.start_until(bench, r#""step":"button-wait""#)?;
+    let vm = RunningVm::start(bench, &run)?;
+    let waits = vm.await_step(bench, "button-wait", 1)?;
     waits.ensure_steps(&["boot", "button-wait"])?;
-    let end = vm_run::kill(bench, "TERM")?;
+    vm.send(bench, "TERM")?;
+    let end = vm.await_end(bench)?;
     let steps = ["boot", "button-wait", "button", "end"];
     end.lines.ensure_steps(&steps)?;
     ensure(
@@ -62,13 +65,15 @@ fn vm_that_does_not_listen_ends_at_the_second_signal(
 ) -> Result<(), ScenarioError> {
     let before = Footprint::take(bench)?;
     let run = VmRun::new("iommufd", &[EDU, IVSHMEM], "wait");
-    run.start(bench)?.ensure_steps(&["boot", "end"])?;
+    let (vm, lines) = RunningVm::start_until_it_waits(bench, &run)?;
+    lines.ensure_steps(&["boot", "end"])?;
     let pressed = Instant::now();
-    vm_run::send(bench, "TERM")?;
+    vm.send(bench, "TERM")?;
     bench.run_ok(&["sleep", "2"])?;
     // The button alone does nothing to a guest that does not listen.
-    vm_run::send(bench, "0")?;
-    let end = vm_run::kill(bench, "TERM")?;
+    vm.send(bench, "0")?;
+    vm.send(bench, "TERM")?;
+    let end = vm.await_end(bench)?;
     let took = pressed.elapsed();
     ensure(took < GRACE, || format!("it took {took:?}"))?;
     ensure(

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::footprint::Footprint;
 use super::kernel_log;
 use super::running_vm::RunningVm;
-use super::vm_run::{VmRun, await_end};
+use super::vm_run::VmRun;
 use super::{EDU, IGB, IOMMUFD_KERNEL, IVSHMEM, NVME, VM_IVSHMEM};
 use crate::scenario::{Bench, Scenario, ScenarioError, Sharing, ensure};
 
@@ -79,11 +79,7 @@ fn hostile_guest_harms_nobody(bench: &mut Bench, iommu: &str) -> Result<(), Scen
     ensure_differs(&witness(bench, &vm, BEFORE)?, &["missing", "extra"])?;
 
     vm.press_enter(bench)?;
-    let end = await_end(bench)?;
-    ensure(end.status.success(), || {
-        format!("ended with {}: {}", end.status, end.said)
-    })?;
-    end.lines.ensure_steps(&[
+    let end = vm.await_end(bench)?.ensure_well(&[
         "boot", "p2p", "enter", "hostile", "enter", "pile", "p2p", "enter", "end",
     ])?;
     let said = end.said.lines().filter(|line| !line.starts_with('{'));

@@ -6,17 +6,11 @@ use std::time::Duration;
 use super::guest_lines::GuestLines;
 use crate::channel::Status;
 use crate::initramfs::{GUEST_INITRD, GUEST_KERNEL};
+use crate::machine::Output;
 use crate::scenario::{Bench, ScenarioError, ensure};
 
 /// How long a guest may take, all its boots together.
 pub const LIMIT: Duration = Duration::from_secs(240);
-/// How long a run in the background is waited for, in seconds: longer than [`LIMIT`], which is how
-/// it ends where what is waited for does not come.
-const WAIT_LIMIT: u32 = 400;
-/// Where a run in the background writes to, and, when it has ended, its status.
-pub const CONSOLE: &str = "/tmp/vm-console";
-pub const SAID: &str = "/tmp/vm-said";
-pub const STATUS: &str = "/tmp/vm-status";
 
 /// A number that no other run has: a guest that is booted more than once counts its boots under it.
 fn next_run() -> u32 {
@@ -24,7 +18,7 @@ fn next_run() -> u32 {
     LAST.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
 }
 
-/// What is run.
+/// What is run, to its end; [`RunningVm`](super::running_vm::RunningVm) runs it in the background.
 #[derive(Debug, Clone, Copy)]
 pub struct VmRun<'a> {
     /// How the IOMMU is programmed: `type1` or `iommufd`.
@@ -98,54 +92,12 @@ impl<'a> VmRun<'a> {
         bench.forget_faults()?;
         let argv = self.argv();
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-        let output = bench.machine().run(&argv, LIMIT)?;
-        Ok(VmEnd {
-            status: output.status,
-            lines: GuestLines::read(&output.stdout_text())?,
-            said: output.stderr_text(),
-        })
+        VmEnd::of(&bench.machine().run(&argv, LIMIT)?)
     }
 
     /// Runs it to its end, which must be the guest's turning itself off after all these steps.
     pub fn run_well(&self, bench: &mut Bench, steps: &[&str]) -> Result<GuestLines, ScenarioError> {
-        let end = self.run(bench)?;
-        ensure(end.status.success(), || {
-            format!("ended with {}: {}\n{:?}", end.status, end.said, end.lines)
-        })?;
-        end.lines.ensure_steps(steps)?;
-        Ok(end.lines)
-    }
-
-    /// Starts it and waits until the guest waits, with what it has said until then. It has to be
-    /// ended with [`kill`].
-    pub fn start(&self, bench: &mut Bench) -> Result<GuestLines, ScenarioError> {
-        self.start_until(bench, "\"how\":\"wait\"")
-    }
-
-    /// Starts it and waits until the guest has said a line with this in it. It has to be ended with
-    /// [`kill`].
-    pub fn start_until(&self, bench: &mut Bench, said: &str) -> Result<GuestLines, ScenarioError> {
-        bench.forget_faults()?;
-        let argv = self.argv();
-        let quoted: Vec<String> = argv.iter().map(|word| format!("'{word}'")).collect();
-        let script = format!(
-            "rm -f {STATUS}
-             (status=0; {} < /dev/null > {CONSOLE} 2> {SAID} || status=$?
-              echo $status > {STATUS}.new; mv {STATUS}.new {STATUS}) > /dev/null 2>&1 &
-             for second in $(seq {WAIT_LIMIT}); do
-                 if grep -q '{said}.*}}' {CONSOLE}; then cat {CONSOLE}; exit 0; fi
-                 if [ -e {STATUS} ]; then break; fi
-                 sleep 1
-             done
-             cat {CONSOLE} {SAID} >&2
-             exit 1",
-            quoted.join(" ")
-        );
-        let output = bench.machine().run(&["sh", "-uc", &script], LIMIT)?;
-        ensure(output.status.success(), || {
-            format!("the guest does not say {said}: {}", output.stderr_text())
-        })?;
-        GuestLines::read(&output.stdout_text())
+        Ok(self.run(bench)?.ensure_well(steps)?.lines)
     }
 }
 
@@ -160,28 +112,27 @@ pub struct VmEnd {
     pub said: String,
 }
 
-/// Sends the machine that was started in the background a signal, and waits until it has ended.
-pub fn kill(bench: &mut Bench, signal: &str) -> Result<VmEnd, ScenarioError> {
-    send(bench, signal)?;
-    await_end(bench)
-}
+impl VmEnd {
+    /// Of a command that ends as the program did and writes what it wrote.
+    pub fn of(output: &Output) -> Result<Self, ScenarioError> {
+        Ok(Self {
+            status: output.status,
+            lines: GuestLines::read(&output.stdout_text())?,
+            said: output.stderr_text(),
+        })
+    }
 
-/// Waits until it has ended.
-pub fn await_end(bench: &mut Bench) -> Result<VmEnd, ScenarioError> {
-    let status = bench.shell(&format!(
-        "until [ -e {STATUS} ]; do usleep 20000; done; cat {STATUS}"
-    ))?;
-    let status = status.trim().parse();
-    let status = status.map_err(|_| ScenarioError::unexpected("no status of the machine"))?;
-    Ok(VmEnd {
-        status: Status::Exited(status),
-        lines: GuestLines::read(&bench.run_ok(&["cat", CONSOLE])?)?,
-        said: bench.run_ok(&["cat", SAID])?,
-    })
-}
-
-/// Sends it a signal.
-pub fn send(bench: &mut Bench, signal: &str) -> Result<(), ScenarioError> {
-    bench.shell(&format!("kill -{signal} $(pidof throughway)"))?;
-    Ok(())
+    /// That it ended with status 0, after all these steps.
+    pub fn ensure_well(self, steps: &[&str]) -> Result<Self, ScenarioError> {
+        ensure(self.status.success(), || {
+            let Self {
+                status,
+                said,
+                lines,
+            } = &self;
+            format!("ended with {status}: {said}\n{lines:?}")
+        })?;
+        self.lines.ensure_steps(steps)?;
+        Ok(self)
+    }
 }

@@ -3,9 +3,10 @@
 //! KVM is told of every group's or device's file before the device is opened through it: drivers
 //! in the kernel may want to know whose it is, and KVM whether its DMA is coherent.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, KVM_DEV_VFIO_FILE_DEL, kvm_create_device,
@@ -17,12 +18,23 @@ use super::KvmError;
 use super::vm::io_error;
 
 /// Where files of assigned devices are announced. It has to live as long as they are used: KVM
-/// forgets them when it is dropped. Until then KVM keeps them open.
+/// forgets them when it is dropped. Until then, or until it is told to forget one, KVM keeps them open:
+/// a host that wants a device back waits for that.
 #[derive(Debug)]
 pub struct AssignedFiles {
     device: DeviceFd,
-    /// What was announced, each as a file descriptor of our own.
-    files: Mutex<Vec<OwnedFd>>,
+    announced: Mutex<Announced>,
+}
+
+/// One of the files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AssignedFile(u64);
+
+/// What was announced, each as a file descriptor of our own.
+#[derive(Debug, Default)]
+struct Announced {
+    files: BTreeMap<u64, OwnedFd>,
+    next: u64,
 }
 
 impl AssignedFiles {
@@ -36,7 +48,7 @@ impl AssignedFiles {
             .map_err(|error| KvmError::new("telling KVM of assigned devices", error))?;
         Ok(Self {
             device,
-            files: Mutex::default(),
+            announced: Mutex::default(),
         })
     }
 
@@ -47,11 +59,28 @@ impl AssignedFiles {
     /// # Errors
     /// `EEXIST` for a file that was announced already, `EINVAL` for one that is not VFIO's; the
     /// kernel's errno otherwise.
-    pub fn add(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+    pub fn add(&self, file: BorrowedFd<'_>) -> io::Result<AssignedFile> {
         let file = file.try_clone_to_owned()?;
         self.set(KVM_DEV_VFIO_FILE_ADD, file.as_fd())?;
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        files.push(file);
+        let mut announced = self.announced();
+        let number = announced.next;
+        announced.next = number.saturating_add(1);
+        announced.files.insert(number, file);
+        Ok(AssignedFile(number))
+    }
+
+    /// Has KVM forget a file (`KVM_DEV_VFIO_FILE_DEL`), so that it ends with its other owners. For a
+    /// device that is not used any more. A second call does nothing.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn forget(&self, file: AssignedFile) -> io::Result<()> {
+        let AssignedFile(number) = file;
+        let mut announced = self.announced();
+        if let Some(file) = announced.files.get(&number) {
+            self.set(KVM_DEV_VFIO_FILE_DEL, file.as_fd())?;
+            announced.files.remove(&number);
+        }
         Ok(())
     }
 
@@ -61,12 +90,21 @@ impl AssignedFiles {
     /// # Errors
     /// The kernel's errno. What was forgotten until then is.
     pub fn forget_all(&self) -> io::Result<()> {
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(file) = files.last() {
-            self.set(KVM_DEV_VFIO_FILE_DEL, file.as_fd())?;
-            files.pop();
+        let mut announced = self.announced();
+        while let Some((number, file)) = announced.files.pop_last() {
+            if let Err(error) = self.set(KVM_DEV_VFIO_FILE_DEL, file.as_fd()) {
+                announced.files.insert(number, file);
+                return Err(error);
+            }
         }
         Ok(())
+    }
+
+    fn announced(&self) -> MutexGuard<'_, Announced> {
+        // Each change is one of a single entry.
+        self.announced
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set(&self, what: u32, file: BorrowedFd<'_>) -> io::Result<()> {

@@ -14,7 +14,7 @@ mod processor;
 mod processor_state;
 mod vm;
 
-pub use assigned_files::AssignedFiles;
+pub use assigned_files::{AssignedFile, AssignedFiles};
 pub use hypervisor::{Hypervisor, HypervisorError};
 pub use interrupts::{FunctionInterrupts, InterruptLine, Interrupts};
 pub use memory_slots::MemorySlots;

@@ -12,6 +12,7 @@
 
 mod check;
 mod guest;
+mod pulled_out;
 mod rig;
 
 use std::collections::BTreeSet;

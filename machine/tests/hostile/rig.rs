@@ -37,6 +37,8 @@ pub const ENGINES: [u64; 2] = [0xc000_0000, 0xc010_0000];
 pub const PEER: u64 = 0x8_0000_0000;
 const PEER_REGISTERS: u64 = 0xc020_0000;
 const PEER_SIZE: u64 = 0x4_0000;
+/// How many functions the pair is, which come before the others.
+pub const PAIR: usize = 3;
 /// What the engines move, in the upper half of high RAM: four pages.
 const PATTERN: u64 = HIGH_RAM + RAM_SIZE / 2;
 /// Of edu: where its buffer is, to its registers.

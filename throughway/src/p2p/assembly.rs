@@ -5,43 +5,24 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use assigned_pci::{
-    AssignedFunction, BarIndex, BarInfo, BarKind, CutOffSwitch, FunctionOptions, HostError,
-    HostFunction, Windows, place_bars,
+    AssignedFunction, BarIndex, BarInfo, BarKind, FunctionOptions, HostError, Windows, place_bars,
 };
 use dma_engine::{ControllerMemoryBuffer, DmaEngine, Nvme, NvmeEngine, find_engine};
 use memory_map::{
-    Backing, CutOff, DmaTarget, Filter, Gpa, GpaRange, Iova, IovaRange, Quarantine, Reach,
-    RegionId, RegionManager, TargetHandle, TargetName, TargetOptions,
+    Backing, DmaTarget, Gpa, GpaRange, Iova, IovaRange, Reach, RegionId, RegionManager,
+    TargetHandle, TargetOptions,
 };
 
-use super::bus::Bus;
 use super::report::{Pair, place_after};
 use super::scratch::{LentRam, NvmeScratch};
 use super::windows;
 use crate::guest_driver::GuestDriver;
+use crate::host::space::{PartFunction, Space, common};
+use crate::host::{Announced, Bus};
 use crate::ram::GuestRam;
 
 /// Where RAM begins.
 pub const RAM: Gpa = Gpa::new(0x20_0000);
-
-/// Makes a target of an address space that nothing is mapped in.
-pub type MakeTarget = dyn Fn() -> Box<dyn DmaTarget> + Send + Sync;
-
-/// An address space of an IOMMU: a container, or an IOAS.
-pub struct Space {
-    /// Called once, and again whenever the one before has been unregistered.
-    pub target: Box<MakeTarget>,
-    /// For people.
-    pub name: String,
-    /// Whose BARs its functions may reach.
-    pub filter: Filter,
-}
-
-/// A function, with the place of its address space among all.
-pub struct PartFunction {
-    pub host: Arc<dyn HostFunction>,
-    pub space: usize,
-}
 
 /// What an assembly is made from. Nothing is mapped yet, and no function comes or goes later.
 pub struct Parts {
@@ -112,7 +93,7 @@ impl Assembly {
             let limits = limits.context("the kernel does not tell what the IOMMU can map")?;
             allowed = Some(match allowed {
                 None => limits.allowed,
-                Some(before) => windows::common(&before, &limits.allowed),
+                Some(before) => common(&before, &limits.allowed),
             });
             let space = RegisteredSpace {
                 space,
@@ -388,26 +369,5 @@ impl MemberBar {
     /// Where it lies by its registers.
     pub fn range(&self) -> Result<GpaRange> {
         Ok(GpaRange::new(Gpa::new(self.info.address), self.info.size)?)
-    }
-}
-
-/// Cuts off the devices behind an IOMMU that may hold a mapping it should not, and says so.
-#[derive(Default)]
-pub struct Announced(CutOffSwitch);
-
-impl Announced {
-    /// Cuts this function off, too.
-    pub fn add(&self, function: &Arc<AssignedFunction>) {
-        self.0.add(function);
-    }
-}
-
-impl CutOff for Announced {
-    fn cut_off(&self, target: &TargetName, why: &Quarantine) {
-        eprintln!("throughway: {target} is cut off: {why}");
-        self.0.cut_off(target, why);
-        for (function, error) in self.0.state().into_iter().flat_map(|state| state.failed) {
-            eprintln!("throughway: {function} does not stop: {error}");
-        }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use assigned_pci::{AssignedFunction, BarIndex, HostFunction};
 use memory_map::Gpa;
 
@@ -15,6 +15,7 @@ use super::control::{exercised, send};
 use super::exercise::{self, LEN, offset_in};
 use super::report::{Control, Exercised, Observed, P2pReport, Pair, Removed};
 use super::witness::Source;
+use crate::host::ensure_left;
 use crate::pattern::pattern;
 
 /// What is asked for while everything is held.
@@ -109,7 +110,8 @@ fn give_back(
         Some(_) => probes(assembly, &report.pairs, place)?,
         None => Vec::new(),
     };
-    leave(&function)?;
+    // It leaves every address space with the map.
+    ensure_left(function.name(), &function.remove())?;
     if let Some(witness) = witness {
         for probe in probes {
             let control = try_again(assembly, &function, probe, witness)?;
@@ -142,19 +144,6 @@ fn probes(assembly: &Assembly, pairs: &[Pair], place: usize) -> Result<Vec<Probe
         });
     }
     Ok(probes)
-}
-
-/// Takes the function out of the map, and so out of every address space.
-fn leave(function: &AssignedFunction) -> Result<()> {
-    let outcome = function.remove();
-    if let Some(error) = outcome.map_errors.first() {
-        bail!("{} does not leave the memory map: {error}", function.name());
-    }
-    let quarantined = outcome.reports.into_iter().flat_map(|it| it.quarantined);
-    match quarantined.into_iter().next() {
-        Some((_, why)) => Err(why).context("taking a function out of an address space"),
-        None => Ok(()),
-    }
 }
 
 /// Writes to where the BAR was. The function still decodes, so what is missing is the mapping.

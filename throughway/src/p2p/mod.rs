@@ -1,22 +1,20 @@
 //! `throughway p2p`: who reaches whom on a real host.
 
-pub mod assembly;
-mod bus;
-pub mod choice;
+mod assembly;
 mod control;
 mod exercise;
 mod hold;
-pub mod host;
-pub mod policy;
-pub mod report;
+mod report;
 mod revocation;
 mod scratch;
 mod spot;
 mod stress;
-pub mod windows;
+mod windows;
 mod witness;
 
 use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::AsFd;
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -25,12 +23,12 @@ use memory_map::{Backing, GRANULE};
 use vfio_sys::Bdf;
 
 use self::assembly::{Assembly, Parts};
-use self::choice::{Choice, Iommu, Kind};
 use self::hold::{Ask, Holding};
-use self::host::Requests;
-use self::policy::{P2pChoice, Policy};
 use self::report::P2pReport;
 use self::scratch::NvmeScratch;
+use crate::host::choice::{Choice, Iommu, Kind};
+use crate::host::policy::{P2pChoice, Policy};
+use crate::host::{self, Requests};
 
 /// Tell which of this host's devices can reach each other's BARs, or why not
 ///
@@ -190,7 +188,8 @@ impl Holding for Terminal {
     }
 
     fn next(&mut self) -> Result<Ask> {
-        self.requests.next()
+        let wanted = self.requests.next(io::stdin().as_fd())?;
+        Ok(wanted.map_or(Ask::End, |bdf| Ask::GiveBack(bdf.to_string())))
     }
 
     fn given_back(&mut self, function: &str) {

@@ -9,8 +9,9 @@ use memory_map::{Reach, Reason};
 use serde::Serialize;
 
 use super::assembly::{Member, MemberBar};
-use super::choice::Choice;
 use super::stress::Stress;
+use crate::described::Described;
+use crate::host::choice::Choice;
 
 /// How moving data ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -118,45 +119,6 @@ impl Pair {
     fn ok(&self) -> bool {
         !self.counts && self.exercised != Some(Exercised::Mismatch)
     }
-}
-
-/// A reach in words.
-pub struct Described {
-    /// `mapped`, `partly` or `unavailable`.
-    pub word: &'static str,
-    /// What is missing and why; none where all is mapped.
-    pub reason: Option<String>,
-    /// Whether the reason is an obstacle, see [`Pair::counts`].
-    pub counts: bool,
-}
-
-impl Described {
-    pub fn new(reach: &Reach) -> Self {
-        let (word, reason, by_design) = match reach {
-            Reach::Mapped => ("mapped", None, true),
-            Reach::Partly { missing, .. } => (
-                "partly",
-                Some(reach.to_string()),
-                missing.iter().all(|missing| by_design(&missing.reason)),
-            ),
-            Reach::Unavailable(reason) => {
-                ("unavailable", Some(reason.to_string()), by_design(reason))
-            }
-        };
-        Self {
-            word,
-            reason,
-            counts: !by_design,
-        }
-    }
-}
-
-/// Whether nobody could expect the piece to be mapped, or somebody wanted it not to be.
-fn by_design(reason: &Reason) -> bool {
-    matches!(
-        reason,
-        Reason::Trapped | Reason::SmallerThanPage { .. } | Reason::Filtered
-    )
 }
 
 /// Whether an access to an address that is not mapped went through.

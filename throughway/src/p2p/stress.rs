@@ -19,11 +19,11 @@ use memory_map::{Gpa, GpaRange, Reach, RegionManager, TargetHandle};
 use serde::Serialize;
 
 use super::assembly::{Assembly, RegisteredSpace};
-use super::bus::Bus;
 use super::control::{exercised, send};
 use super::exercise::{self, LEN, offset_in};
 use super::report::{Control, Exercised, Observed, Pair};
 use crate::guest_driver::{GuestDriver, Saved};
+use crate::host::Bus;
 use crate::pattern::{pattern, read_bar};
 
 /// How many events each function has in a round.

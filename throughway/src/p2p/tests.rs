@@ -16,14 +16,15 @@ use sim_host::{
 use vfio_sys::Bdf;
 
 use super::Plan;
-use super::assembly::{Assembly, MakeTarget, PartFunction, Parts, Space};
-use super::bus::Bus;
-use super::choice::{Choice, Kind};
+use super::assembly::{Assembly, Parts};
 use super::hold::Holding;
-use super::policy::Policy;
 use super::report::{Exercised, Observed, P2pReport};
 use super::scratch::NvmeScratch;
 use super::witness::{Evidence, Source};
+use crate::host::Bus;
+use crate::host::choice::{Choice, Kind};
+use crate::host::policy::Policy;
+use crate::host::space::{MakeTarget, PartFunction, Space};
 
 const EDU: &str = "0000:00:05.0";
 const PEER: &str = "0000:00:06.0";
@@ -62,7 +63,7 @@ fn three_functions(host: &SimHost) -> Vec<Arc<SimFunction>> {
         .into()
 }
 
-/// As [`super::host`] does it: an address space for all that may see the same.
+/// As [`crate::host`] does it: an address space for all that may see the same.
 fn spaces(
     host: &SimHost,
     kind: Kind,

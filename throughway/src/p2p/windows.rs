@@ -37,13 +37,6 @@ fn largest(allowed: &[IovaRange], start: u64, last: u64) -> Option<GpaRange> {
         .max_by_key(GpaRange::size)
 }
 
-/// The addresses that are in both lists, which are sorted and disjoint.
-pub fn common(a: &[IovaRange], b: &[IovaRange]) -> Vec<IovaRange> {
-    a.iter()
-        .flat_map(|a| b.iter().filter_map(|b| a.intersection(b)))
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,12 +82,5 @@ mod tests {
         assert!(!small.low.overlaps(&small.high));
         let large = choose(&allowed, ram_last, &[bar(16 << 30)]).unwrap();
         assert_eq!(large.high, allowed[2].to_gpa());
-    }
-
-    #[test]
-    fn only_what_all_allow_is_common() {
-        let a = [range(0, 0xff), range(0x200, 0x2ff)];
-        let b = [range(0x80, 0x27f)];
-        assert_eq!(common(&a, &b), [range(0x80, 0xff), range(0x200, 0x27f)]);
     }
 }

@@ -1,61 +1,45 @@
 //! Functions, address spaces and a machine, put together.
 
-use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use anyhow::{Context, Error, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail};
 use assigned_pci::{AssignedFunction, FunctionOptions, put_bars};
-use machine::kvm::{AssignedFiles, Hypervisor, Vm};
+use machine::kvm::{Hypervisor, Vm};
 use machine::layout::{FunctionBars, Layout, Wanted};
 use machine::{Images, Machine, Notices, Parts};
-use memory_map::{Backing, IovaRange, RegionManager, TargetHandle, TargetOptions};
+use memory_map::{Backing, IovaRange, RegionManager, TargetOptions};
 use vfio_sys::Bdf;
 
 use super::RunArgs;
+use super::holdings::{Holdings, Member};
+use super::known_to_kvm::KnownToKvm;
 use super::outlet::Outlet;
 use super::reach_watch::ReachWatch;
 use super::report::{Function, RunReport};
 use super::snapshot::{Enlisted, Roster};
-use crate::p2p::assembly::Announced;
-use crate::p2p::choice::{Choice, Kind};
-use crate::p2p::host::{self, Announce, Bypasses, Opened};
-use crate::p2p::policy::Policy;
-use crate::p2p::windows;
-
-/// A function that the guest gets.
-struct Member {
-    name: String,
-    function: Arc<AssignedFunction>,
-    /// Its address space's place among all.
-    space: usize,
-}
+use crate::host::choice::{Choice, Kind};
+use crate::host::policy::Policy;
+use crate::host::space::common;
+use crate::host::{self, Announced, Bypasses, Opened, Requests};
 
 /// Everything but the machine itself. Fields end in this order: the functions' regions, the
 /// IOMMUs, the map, KVM.
 pub struct Assembly {
-    members: Vec<Member>,
-    spaces: Vec<(String, TargetHandle)>,
+    holdings: Holdings,
+    requests: Requests,
     map: RegionManager,
     bypasses: Bypasses,
     choice: Choice,
     layout: Layout,
-    /// KVM's knowledge of the functions, for as long as they are used.
-    _files: Option<AssignedFiles>,
-    vm: Option<Vm>,
+    vm: Vm,
 }
 
-/// KVM, as one who wants to know of devices.
-struct Announcer<'f>(&'f AssignedFiles);
-
-impl Announce for Announcer<'_> {
-    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()> {
-        self.0.add(file)
-    }
-
-    fn forget_all(&self) -> io::Result<()> {
-        self.0.forget_all()
-    }
+/// What comes of an assembly. The machine ends first.
+pub struct Powered {
+    pub machine: Machine,
+    pub holdings: Holdings,
+    /// By which the host says what it wants back.
+    pub requests: Requests,
 }
 
 impl Assembly {
@@ -64,7 +48,7 @@ impl Assembly {
     pub fn new(args: &RunArgs, policy: &Policy, hypervisor: &Hypervisor) -> Result<Self> {
         let vm = hypervisor.create()?;
         let bdfs: Vec<Bdf> = args.device.iter().map(|device| device.bdf).collect();
-        let (opened, bypasses, choice, files) = if bdfs.is_empty() {
+        let (opened, bypasses, choice, known) = if bdfs.is_empty() {
             let none = Opened {
                 spaces: Vec::new(),
                 functions: Vec::new(),
@@ -77,12 +61,13 @@ impl Assembly {
             };
             (none, Bypasses::new(), choice, None)
         } else {
-            let files = vm.assigned_files()?;
-            let announcer = Announcer(&files);
-            let (opened, bypasses, choice) =
-                host::open(&bdfs, args.iommu, policy, Some(&announcer))?;
-            (opened, bypasses, choice, Some(files))
+            let known = KnownToKvm::new(vm.assigned_files()?);
+            let (opened, bypasses, choice) = host::open(&bdfs, args.iommu, policy, Some(&known))?;
+            (opened, bypasses, choice, Some(known))
         };
+        let requests = Requests::of(&opened.devices)?;
+        // Whoever holds a device keeps the host from having it back.
+        drop((opened.devices, opened.buses));
 
         let map = RegionManager::new();
         let mut allowed: Option<Vec<IovaRange>> = None;
@@ -93,7 +78,7 @@ impl Assembly {
             let limits = limits.context("the kernel does not tell what the IOMMU can map")?;
             allowed = Some(match allowed {
                 None => limits.allowed,
-                Some(before) => windows::common(&before, &limits.allowed),
+                Some(before) => common(&before, &limits.allowed),
             });
             targets.push((target, space.name, space.filter));
         }
@@ -122,12 +107,14 @@ impl Assembly {
             switch.add(&function);
             members.push(Member {
                 name: device.name(),
-                function,
+                bdf: device.bdf,
+                function: Some(function),
                 space: part.space,
             });
         }
-        let bars = members.iter();
-        let bars: Vec<_> = bars.map(|it| FunctionBars::of(&it.function)).collect();
+        let holdings = Holdings::new(members, spaces, known);
+        let bars = holdings.functions();
+        let bars: Vec<_> = bars.map(|function| FunctionBars::of(function)).collect();
         let layout = Layout::choose(&Wanted {
             ram: args.memory.size,
             allowed: &allowed.unwrap_or_default(),
@@ -135,24 +122,24 @@ impl Assembly {
             functions: &bars,
         })?;
         Ok(Self {
-            members,
-            spaces,
+            holdings,
+            requests,
             map,
             bypasses,
             choice,
             layout,
-            _files: files,
-            vm: Some(vm),
+            vm,
         })
     }
 
     /// Places the BARs as a guest would and looks who reaches whom. Afterwards the functions are as
     /// at power-on.
     pub fn rehearse(&self, args: &RunArgs) -> Result<RunReport> {
+        let functions: Vec<_> = self.holdings.functions().collect();
         let mut wanted = Vec::new();
-        for (member, places) in self.members.iter().zip(self.layout.bars()) {
+        for (function, places) in functions.iter().zip(self.layout.bars()) {
             let bars = places.iter().map(|place| (place.bar, place.range.start()));
-            wanted.push((&*member.function, bars.collect()));
+            wanted.push((&***function, bars.collect()));
         }
         let pairs = put_bars(&wanted).map_err(Error::from).and_then(|outcome| {
             match outcome.host_errors.first() {
@@ -161,25 +148,28 @@ impl Assembly {
             }
         });
         // However that ended. Not every function has a reset; it is quiet all the same.
-        for member in &self.members {
-            let _quiet: assigned_pci::Outcome = member.function.quiesce();
+        for function in &functions {
+            let _quiet: assigned_pci::Outcome = function.quiesce();
         }
-        for member in &self.members {
-            let _reset: assigned_pci::Outcome = member.function.reset();
+        for function in &functions {
+            let _reset: assigned_pci::Outcome = function.reset();
         }
         let pairs = pairs?;
-        let name_of = |space: usize| self.spaces.get(space).map(|(name, _)| name.clone());
+        let holdings = &self.holdings;
         Ok(RunReport {
             iommu: self.choice.clone(),
             processors: args.cpus,
             memory: args.memory.to_string(),
             layout: RunReport::stretches(&self.layout),
-            functions: self
+            functions: holdings
                 .members
                 .iter()
                 .map(|member| Function {
                     name: member.name.clone(),
-                    space: name_of(member.space).unwrap_or_default(),
+                    space: holdings
+                        .space_name(member.space)
+                        .unwrap_or_default()
+                        .to_owned(),
                 })
                 .collect(),
             pairs,
@@ -188,19 +178,21 @@ impl Assembly {
 
     /// Whom to ask the map about, also while the machine runs. It keeps no function open.
     pub fn roster(&self) -> Result<Roster> {
+        let holdings = &self.holdings;
         let mut functions = Vec::new();
-        for member in &self.members {
-            let space = self.spaces.get(member.space);
-            let (space, target) = space.context("no such address space")?;
-            let bars = member.function.bars();
-            let bars = bars
-                .iter()
-                .filter_map(|bar| Some((bar.index.get(), bar.region?)));
+        for member in &holdings.members {
+            let target = holdings.target(member.space);
+            let bars = member.function.iter().flat_map(|it| it.bars());
             functions.push(Enlisted {
                 name: member.name.clone(),
-                space: space.clone(),
-                target: target.id(),
-                bars: bars.collect(),
+                space: holdings
+                    .space_name(member.space)
+                    .unwrap_or_default()
+                    .to_owned(),
+                target: target.context("no such address space")?,
+                bars: bars
+                    .filter_map(|bar| Some((bar.index.get(), bar.region?)))
+                    .collect(),
             });
         }
         Ok(Roster {
@@ -217,18 +209,17 @@ impl Assembly {
 
     /// Makes the machine, with RAM for everyone.
     pub fn power_on(
-        &mut self,
+        self,
         args: &RunArgs,
         images: Images,
         console: Outlet,
         notices: Arc<Notices>,
-    ) -> Result<Machine> {
-        let vm = self.vm.take().context("the machine was made already")?;
-        let functions = self.members.iter().map(|member| member.function.clone());
+    ) -> Result<Powered> {
+        let functions = self.holdings.functions().cloned();
         let machine = Machine::new(Parts {
-            vm,
-            map: self.map.clone(),
-            layout: self.layout.clone(),
+            vm: self.vm,
+            map: self.map,
+            layout: self.layout,
             ram: Backing::new(args.memory.make()?),
             functions: functions.collect(),
             processors: args.cpus,
@@ -236,20 +227,10 @@ impl Assembly {
             console: Box::new(console),
             notices,
         })?;
-        Ok(machine)
-    }
-
-    /// Takes everything down, and makes sure that nothing is left mapped.
-    pub fn end(self) -> Result<()> {
-        drop(self.members);
-        for (name, handle) in self.spaces {
-            let report = handle.unregister();
-            ensure!(
-                report.quarantined.is_empty(),
-                "something is left mapped in {name}: {:?}",
-                report.quarantined
-            );
-        }
-        Ok(())
+        Ok(Powered {
+            machine,
+            holdings: self.holdings,
+            requests: self.requests,
+        })
     }
 }

@@ -2,6 +2,9 @@
 
 mod assembly;
 mod device;
+mod giving_back;
+mod holdings;
+mod known_to_kvm;
 mod memory;
 mod outlet;
 mod reach_watch;
@@ -24,13 +27,14 @@ use machine::{Ended, Images, Notices};
 use serde_json::json;
 use vfio_sys::Bdf;
 
-use self::assembly::Assembly;
+use self::assembly::{Assembly, Powered};
 use self::device::Device;
+use self::giving_back::GivingBack;
 use self::memory::Memory;
 use self::outlet::Outlet;
 use self::terminal::RawTerminal;
-use crate::p2p::choice::Iommu;
-use crate::p2p::policy::{P2pChoice, Policy};
+use crate::host::choice::Iommu;
+use crate::host::policy::{P2pChoice, Policy};
 
 /// Run a virtual machine whose devices reach each other
 ///
@@ -39,12 +43,15 @@ use crate::p2p::policy::{P2pChoice, Policy};
 /// RAM and every other's BARs. The first serial port is this terminal: Ctrl-C goes to the guest,
 /// Ctrl-A X ends the machine, Ctrl-A A types Ctrl-A. SIGTERM presses the power button; a second
 /// one, or 30 seconds, end the machine. Functions are reset before the guest gets them, when it is
-/// reset, and at the end. At SIGUSR1 the map as the guest has laid it out by then, and who reaches
-/// whom in it, are printed on standard error.
+/// reset, and at the end. A function that the host wants back meanwhile, because it is pulled out or
+/// unbound from vfio-pci, is given back at once: to the guest it is as if it had been pulled out, and
+/// it stays away; the others go on. At SIGUSR1 the map as the guest has laid it out by then, and who
+/// reaches whom in it, are printed on standard error.
 ///
-/// The exit status is 0 if the guest turned itself off or was told to end, 1 if it could not go on
-/// (with --dry-run: if not everyone reaches whom --p2p required says), 3 if its kernel panicked, 2 if
-/// the machine could not be started, or could not be begun anew when the guest reset it.
+/// The exit status is 0 if the guest turned itself off or was told to end, 1 if it could not go on or
+/// something was left mapped (with --dry-run: if not everyone reaches whom --p2p required says), 3 if
+/// its kernel panicked, 2 if the machine could not be started, or could not be begun anew when the
+/// guest reset it.
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// The guest's kernel: a bzImage, or an ELF file with an entry for PVH
@@ -114,7 +121,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         hypervisor.most_processors(),
         args.cpus
     );
-    let mut assembly = Assembly::new(args, &policy, &hypervisor)?;
+    let assembly = Assembly::new(args, &policy, &hypervisor)?;
     if args.dry_run || policy.required {
         let report = assembly.rehearse(args)?;
         if policy.required {
@@ -150,21 +157,33 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         }))
     };
     let watch = assembly.watch(&notices)?;
-    let mut machine = assembly.power_on(args, images, console.clone(), notices)?;
+    let roster = assembly.roster()?;
+    let Powered {
+        mut machine,
+        holdings,
+        requests,
+    } = assembly.power_on(args, images, console.clone(), notices.clone())?;
     let controls = machine.controls();
+    let pull_out = {
+        let controls = controls.clone();
+        move |place| controls.pull_out(place)
+    };
+    let giving_back = GivingBack::start(holdings, requests, pull_out, notices)?;
     signals::press_for(controls.clone())?;
-    signals::tell_for(assembly.roster()?, said.clone(), args.json)?;
+    signals::tell_for(roster, said.clone(), args.json)?;
     let terminal = RawTerminal::take()?;
     terminal::type_for(controls, terminal.is_some())?;
     let ended = machine.run();
     drop(terminal);
     let ended = ended?;
+    // What the host wants now it has in a moment.
+    let holdings = giving_back.end()?;
     drop(machine);
     drop(watch);
     console.drain();
     said.drain();
     let status = tell(&ended, args.json);
-    if let Err(error) = assembly.end() {
+    if let Err(error) = holdings.end() {
         say(&format!("throughway: {error:#}"));
         return Ok(ExitCode::FAILURE);
     }
@@ -198,3 +217,6 @@ fn tell(ended: &Ended, json: bool) -> ExitCode {
 fn open(path: &Path, what: &str) -> Result<File> {
     File::open(path).with_context(|| format!("{what} {} cannot be opened", path.display()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,8 +6,8 @@ use machine::layout::Layout;
 use memory_map::{GpaRange, Reach};
 use serde::Serialize;
 
-use crate::p2p::choice::Choice;
-use crate::p2p::report::Described;
+use crate::described::Described;
+use crate::host::choice::Choice;
 
 /// A stretch of the guest's addresses.
 #[derive(Debug, Serialize)]

@@ -6,7 +6,7 @@ use memory_map::{RegionId, RegionKind, RegionManager, TargetId};
 use serde::Serialize;
 
 use super::report::{Function, Pair};
-use crate::p2p::host::Bypasses;
+use crate::host::Bypasses;
 
 /// A function by its name, its address space and its BARs: nothing that would keep it open.
 #[derive(Debug, Clone)]

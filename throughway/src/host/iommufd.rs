@@ -9,8 +9,8 @@ use iommu::{IoasTarget, RamCopies};
 use memory_map::NoFile;
 use vfio_sys::Ioas;
 
-use super::super::assembly::{PartFunction, Space};
-use super::super::choice::BarNotExported;
+use super::choice::BarNotExported;
+use super::space::{PartFunction, Space};
 use super::{Host, Opened, hot_reset};
 
 /// Opens them: an address space for all that may see the same. RAM is pinned once for all.
@@ -27,7 +27,7 @@ pub fn open(host: &Host<'_>, every_bar: bool) -> Result<Opened> {
     }
     let mut bound = Vec::new();
     for (bdf, cdev) in host.functions.iter().zip(cdevs) {
-        host.announce(cdev.as_fd())?;
+        host.announce(&[*bdf], cdev.as_fd())?;
         let device = cdev.bind(Arc::clone(&iommufd))?;
         bound.push((*bdf, host.function(*bdf, device)?));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use assigned_pci::VfioFunction;
 use vfio_sys::{Bdf, Group, ResetOwner};
 
-use super::super::bus::Bus;
+use super::Bus;
 
 /// The slots and buses of `functions`, which are all that are open, by their places. `groups` are
 /// those that they were opened by, with their numbers; none of them where it was by character

@@ -1,8 +1,20 @@
-//! Opening real devices through VFIO.
+//! The host's side: functions that are opened through VFIO, their address spaces, and who may reach
+//! whom in them.
+//!
+//! Both `p2p` and `run` begin with [`open`], which takes the way to program the IOMMU that was asked
+//! for or is the best there is, and puts the functions that may see the same into one address space.
+//! Nothing is mapped yet: whoever opened them lays out a memory map and registers the spaces with it.
+//! What is opened belongs to the opener; the host has a function back when its last handle is
+//! dropped.
 
+mod announced;
+mod bus;
+pub mod choice;
 mod hot_reset;
 mod iommufd;
+pub mod policy;
 mod requests;
+pub mod space;
 mod type1;
 
 use std::collections::BTreeMap;
@@ -15,16 +27,18 @@ use assigned_pci::VfioFunction;
 use memory_map::Filter;
 use vfio_sys::{Bdf, CdevError, Device, Sysfs};
 
-pub use self::requests::Requests;
-use super::assembly::{PartFunction, Space};
-use super::bus::Bus;
-use super::choice::{Choice, Iommu, Ways, choose};
-use super::policy::Policy;
+pub use self::announced::Announced;
+pub use self::bus::Bus;
+use self::choice::{Choice, Iommu, Ways, choose};
+use self::policy::Policy;
+pub use self::requests::{Requests, ensure_left};
+use self::space::{PartFunction, Space};
 
 /// Somebody who is told of the files of devices before these are opened: KVM.
 pub trait Announce {
     /// A group's file, before a device is opened through it, or a device's own, before it is bound.
-    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()>;
+    /// `functions` are those that are opened by it.
+    fn add(&self, functions: &[Bdf], file: BorrowedFd<'_>) -> io::Result<()>;
 
     /// None of them is used after all.
     fn forget_all(&self) -> io::Result<()>;
@@ -118,10 +132,10 @@ impl Host<'_> {
         (classes, places)
     }
 
-    fn announce(&self, file: BorrowedFd<'_>) -> Result<()> {
+    fn announce(&self, functions: &[Bdf], file: BorrowedFd<'_>) -> Result<()> {
         if let Some(announce) = self.announce {
             announce
-                .add(file)
+                .add(functions, file)
                 .context("KVM does not take an assigned device")?;
         }
         Ok(())

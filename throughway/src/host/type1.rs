@@ -6,9 +6,9 @@ use std::sync::Arc;
 use anyhow::Result;
 use assigned_pci::HostFunction;
 use iommu::Type1Target;
-use vfio_sys::{Container, Group, Opener};
+use vfio_sys::{Bdf, Container, Group, Opener};
 
-use super::super::assembly::{PartFunction, Space};
+use super::space::{PartFunction, Space};
 use super::{Host, Opened, hot_reset};
 
 /// Opens them: a container for all that may see the same, or several where their IOMMUs differ.
@@ -28,7 +28,7 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
             if let Some(number) = number
                 && !groups.iter().any(|(known, _)| *known == number)
             {
-                host.announce(group.as_fd())?;
+                host.announce(&in_group(host, members, number)?, group.as_fd())?;
                 groups.push((number, group));
             }
         }
@@ -77,6 +77,17 @@ pub fn open(host: &Host<'_>) -> Result<Opened> {
         buses: hot_reset::buses(&devices, &groups),
         devices,
     })
+}
+
+/// Those of `functions` that are in an IOMMU group.
+fn in_group(host: &Host<'_>, functions: &[Bdf], number: u32) -> Result<Vec<Bdf>> {
+    let mut found = Vec::new();
+    for bdf in functions {
+        if host.sysfs.function(*bdf)?.group == Some(number) {
+            found.push(*bdf);
+        }
+    }
+    Ok(found)
 }
 
 #[expect(unsafe_code, reason = "what the container maps must be real memory")]
