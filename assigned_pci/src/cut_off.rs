@@ -20,6 +20,8 @@ use crate::{AssignedFunction, Outcome};
 /// What a cut-off has left to be done, and what came of it.
 #[derive(Debug, Default)]
 pub(crate) struct Aftermath {
+    /// Set once: a removal holds bus mastering off as well, and leaves the reset to this.
+    begun: AtomicBool,
     due: AtomicBool,
     outcome: Mutex<Option<Outcome>>,
 }
@@ -90,8 +92,8 @@ impl AssignedFunction {
 
     /// The first step of a cut-off.
     fn stop_for_good(&self) -> Result<(), Errno> {
-        let (first, stopped) = self.guard.cut_off();
-        if first {
+        let stopped = self.guard.cut_off();
+        if !self.aftermath.begun.swap(true, Ordering::SeqCst) {
             self.aftermath.due.store(true, Ordering::SeqCst);
         }
         stopped.map_err(Errno::from)

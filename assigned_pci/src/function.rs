@@ -366,8 +366,7 @@ impl AssignedFunction {
         }
         state.removed = true;
         state.decoding = false;
-        let (_, stopped) = self.guard.cut_off();
-        if let Err(error) = stopped {
+        if let Err(error) = self.guard.cut_off() {
             let error = HostError::new(HostCall::ConfigWrite(COMMAND), &error);
             outcome.host_errors.push(error);
         }

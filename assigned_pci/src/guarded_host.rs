@@ -33,12 +33,11 @@ impl GuardedHost {
         }
     }
 
-    /// Turns bus mastering off, for good. Tells whether this is the first time; a second call only
-    /// makes sure once more.
-    pub(crate) fn cut_off(&self) -> (bool, io::Result<()>) {
+    /// Turns bus mastering off, for good. A second call makes sure once more.
+    pub(crate) fn cut_off(&self) -> io::Result<()> {
         let mut cut = self.cut.lock();
-        let first = !std::mem::replace(&mut *cut, true);
-        (first, self.stop())
+        *cut = true;
+        self.stop()
     }
 
     pub(crate) fn is_cut_off(&self) -> bool {

@@ -38,13 +38,9 @@ pub(crate) struct GuestFunction {
 
 impl GuestFunction {
     pub(crate) fn new(function: Arc<AssignedFunction>, notices: Arc<Notices>) -> Self {
-        let is_express = function
-            .capabilities()
-            .iter()
-            .any(|found| found.list == CapabilityList::Standard && found.id == Capability::EXPRESS);
         Self {
             name: function.name().to_owned(),
-            is_express,
+            is_express: is_express(&function),
             function: RwLock::new(Some(function)),
             notices,
         }

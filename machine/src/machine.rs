@@ -160,7 +160,7 @@ impl Controls {
     /// Pulls a function out, by its place among [`Parts::functions`]. To the guest it is as a device
     /// that was pulled out without a word: config space and BARs read all ones, writes do nothing, no
     /// interrupt comes; it stays away over a reset. When this returns it masters the bus no more, and
-    /// its BARs are in no IOMMU and no memory slot. None if there is no such function, or not any more,
+    /// its BARs are in no IOMMU and no memory slot, unless its outcome says otherwise. None if there is no such function, or not any more,
     /// or if the machine is gone.
     #[must_use = "the function is given back to the host when this is dropped"]
     pub fn pull_out(&self, function: usize) -> Option<PulledOut> {
@@ -366,9 +366,9 @@ impl Machine {
                 Ok(Event::Asked(Request::Panicked)) => ControlFlow::Break(Ended::Panicked),
                 // A triple fault is the oldest way to reset a PC, and may be a crash.
                 Ok(Event::Stopped(processor, Stop::Shutdown)) => {
-                    let who = format!("processor {processor}");
-                    let what = "has met a triple fault, or was told to begin anew";
-                    self.notices.note(&who, what, &"the machine is reset");
+                    let what = "is reset by a triple fault, or by INIT";
+                    let whose = format_args!("processor {processor}");
+                    self.notices.note("the machine", what, &whose);
                     ControlFlow::Continue(())
                 }
                 Ok(Event::Stopped(processor, Stop::Failed(why))) => {

@@ -60,7 +60,7 @@ impl RunningVm {
         self.await_said(bench, &format!("\"step\":\"{step}\""), times)
     }
 
-    /// Waits until the guest has said so many lines with this in them, and gives all lines up to then.
+    /// Waits until the guest has said so many whole lines with this in them, and gives all up to then.
     fn await_said(
         &self,
         bench: &mut Bench,
@@ -68,7 +68,7 @@ impl RunningVm {
         times: usize,
     ) -> Result<GuestLines, ScenarioError> {
         let script = format!(
-            "until [ $(grep -c '{said}.*}}' {CONSOLE}) -ge {times} ]; do
+            "until [ $(grep -c '{said}.*}}.$' {CONSOLE}) -ge {times} ]; do
                  if [ -e {STATUS} ]; then cat {CONSOLE} {SAID} >&2; exit 1; fi
                  usleep 200000
              done
@@ -97,7 +97,7 @@ impl RunningVm {
     /// it has said with this as the last.
     pub fn tell_map(&self, bench: &mut Bench, file: &str) -> Result<(), ScenarioError> {
         bench.shell(&format!(
-            "told() {{ grep -c '^{{\"view\".*}}' {SAID} || true; }}
+            "told() {{ grep -c '^{{\"view\".*}}.$' {SAID} || true; }}
              before=$(told)
              kill -USR1 {}
              until [ $(told) -gt $before ]; do usleep 10000; done

@@ -88,7 +88,8 @@ fn vm_interrupt_that_is_sent_to_nobody_is_lost_and_said(
 ) -> Result<(), ScenarioError> {
     let end = VmRun::new("iommufd", &[EDU, IVSHMEM], "msi,poweroff").run(bench)?;
     end.lines.ensure_steps(&["boot", "msi", "end"])?;
-    let said = format!("{EDU}: an interrupt is sent where no interrupt controller is, and is lost");
+    let said =
+        format!("{EDU}: an interrupt was sent where no interrupt controller is, and is lost");
     ensure(end.status.success() && end.said.contains(&said), || {
         format!("ended with {}: {}", end.status, end.said)
     })

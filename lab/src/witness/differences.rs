@@ -122,7 +122,7 @@ pub fn bars_in(held: &IoPageTable, facts: &Facts) -> BTreeMap<(String, usize), u
 
 /// What is said of those that `held` serves and is not so, in words: a BAR that is mapped has to be
 /// there with each page that can be mapped, one that is unavailable with none, and one that is
-/// partly there with some.
+/// partly there with some. Of each of the others' BARs something has to be said.
 #[must_use]
 pub fn untrue(
     pairs: &[Pair],
@@ -152,6 +152,19 @@ pub fn untrue(
             found.push(format!(
                 "{from} -> {to} BAR{bar} is said to be {reach}, and {there} of {all} pages are held"
             ));
+        }
+    }
+    for from in functions {
+        for (to, function) in facts.functions.iter().filter(|(to, _)| *to != from) {
+            for bar in function.bars.keys() {
+                let told = pairs
+                    .iter()
+                    .filter(|pair| (&pair.from, &pair.to, pair.bar) == (from, to, *bar));
+                let told = told.count();
+                if told != 1 {
+                    found.push(format!("{from} -> {to} BAR{bar} is told of {told} times"));
+                }
+            }
         }
     }
     found
@@ -277,7 +290,10 @@ mod tests {
         assert_eq!(wrong(&true_ones, &held()), 0);
         assert_eq!(wrong(&[pair("a", 2, "partly")], &held()), 1);
         assert_eq!(wrong(&[pair("a", 2, "unavailable")], &held()), 1);
-        assert_eq!(wrong(&[pair("b", 0, "mapped")], &held()), 1);
+        assert_eq!(
+            wrong(&[pair("a", 2, "mapped"), pair("b", 0, "mapped")], &held()),
+            1
+        );
         let mut part = held();
         part.pages.remove(&0xb000);
         assert_eq!(wrong(&[pair("a", 2, "partly")], &part), 0);
@@ -285,6 +301,10 @@ mod tests {
         // Whom this table does not serve it says nothing of.
         let mut other = pair("a", 2, "unavailable");
         other.from = "a".to_owned();
-        assert_eq!(wrong(&[other], &held()), 0);
+        assert_eq!(wrong(&[other, pair("a", 2, "mapped")], &held()), 0);
+        // Nothing is left out, and nothing told twice.
+        assert_eq!(wrong(&[], &held()), 1);
+        let twice = [pair("a", 2, "mapped"), pair("a", 2, "mapped")];
+        assert_eq!(wrong(&twice, &held()), 1);
     }
 }

@@ -8,8 +8,9 @@
 //! A message is a write to an address, and only those of the local APICs are interrupts (Intel's
 //! manual, volume 3, 11.11.1). KVM does not look: it takes any address apart as if it were one of
 //! these. So a vector whose message goes elsewhere is not connected either, and what its device
-//! signals is lost; on a PC, RAM or a peer's BAR would have the four bytes. It is said, because no
-//! driver means that.
+//! signals is lost; on a PC, RAM or a peer's BAR would have the four bytes. A signal that was lost is
+//! said, as soon as the vector is masked or led elsewhere, because no driver means that; the message
+//! alone is not, because Linux leaves one of zeros when it has done with a vector.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -142,7 +143,7 @@ impl MsiController for FunctionInterrupts {
             number,
             event,
             connected: false,
-            loses: false,
+            loses: None,
         }))
     }
 }
@@ -188,8 +189,8 @@ struct Vector {
     event: EventFd,
     /// Whether signals are delivered.
     connected: bool,
-    /// Whether they are lost: the message goes to no interrupt controller.
-    loses: bool,
+    /// Where they are lost to: a message that goes to no interrupt controller.
+    loses: Option<MsiMessage>,
 }
 
 impl Vector {
@@ -210,12 +211,18 @@ impl Vector {
         Ok(())
     }
 
-    /// Forgets what was signalled while that was to be lost.
+    /// Forgets what was signalled while that was to be lost, and says so.
     fn lose(&mut self) {
-        if self.loses {
-            // It fails where nothing was.
-            let _signals = self.event.read();
-            self.loses = false;
+        let Some(MsiMessage { address, data }) = self.loses.take() else {
+            return;
+        };
+        // It fails where nothing was.
+        if self.event.read().is_ok()
+            && let Some(notices) = self.table.notices.get()
+        {
+            let what = "an interrupt was sent where no interrupt controller is, and is lost";
+            let detail = format_args!("{data:#x} to {address:#x}");
+            notices.note(&self.function, what, &detail);
         }
     }
 }
@@ -228,13 +235,8 @@ impl MsiVector for Vector {
     fn route(&mut self, message: MsiMessage) -> io::Result<()> {
         if !MESSAGES.contains(&message.address) {
             self.disconnect()?;
-            self.loses = true;
-            if let Some(notices) = self.table.notices.get() {
-                let what = "an interrupt is sent where no interrupt controller is, and is lost";
-                let MsiMessage { address, data } = message;
-                let detail = format_args!("{data:#x} to {address:#x}");
-                notices.note(&self.function, what, &detail);
-            }
+            self.lose();
+            self.loses = Some(message);
             return Ok(());
         }
         self.table.lead(self.number, Some(message))?;
@@ -425,6 +427,8 @@ mod tests {
             heard.lock().unwrap().push(line.to_owned());
         })));
         let mut vector = interrupts.of("0000:01:00.0").vector().unwrap();
+        // What nobody signals is no loss.
+        vector.route(to(8)).unwrap();
         let nobodies = [0, 0x1000, 0xfedf_fffc, 0xfef0_0000, 0x1_fee0_0000, !3];
         for address in nobodies {
             vector.route(to(0xfee0_1000)).unwrap();
@@ -440,7 +444,7 @@ mod tests {
         assert_eq!(
             *said,
             [
-                "0000:01:00.0: an interrupt is sent where no interrupt controller is, and is lost: \
+                "0000:01:00.0: an interrupt was sent where no interrupt controller is, and is lost: \
               0x41 to 0x0"
             ]
         );

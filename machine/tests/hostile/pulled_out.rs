@@ -233,4 +233,6 @@ fn an_iommu_that_does_not_let_go_of_a_function_is_told_and_cut_off() {
     let cut_off = rig.switch.state().unwrap();
     assert_eq!(cut_off.target.to_string(), "type1");
     assert_eq!(cut_off.failed, []);
+    // Also the one that left, whose memory the IOMMU holds: it is reset, as every one behind it.
+    assert!(pulled.function.cut_off_outcome().is_some());
 }

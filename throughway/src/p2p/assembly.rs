@@ -97,7 +97,7 @@ impl Assembly {
             });
             let space = RegisteredSpace {
                 space,
-                switch: Arc::new(Announced::default()),
+                switch: Arc::new(Announced::on_standard_error()),
             };
             targets.push(space.register_as(target, &map)?);
             spaces.push(space);

@@ -44,8 +44,13 @@ pub struct Powered {
 
 impl Assembly {
     /// Opens the functions, finds everything a place, and registers the IOMMUs. There is no RAM
-    /// yet.
-    pub fn new(args: &RunArgs, policy: &Policy, hypervisor: &Hypervisor) -> Result<Self> {
+    /// yet. Devices that are cut off later are told by `said`.
+    pub fn new(
+        args: &RunArgs,
+        policy: &Policy,
+        hypervisor: &Hypervisor,
+        said: &Outlet,
+    ) -> Result<Self> {
         let vm = hypervisor.create()?;
         let bdfs: Vec<Bdf> = args.device.iter().map(|device| device.bdf).collect();
         let (opened, bypasses, choice, known) = if bdfs.is_empty() {
@@ -88,7 +93,8 @@ impl Assembly {
         let mut spaces = Vec::new();
         let mut switches = Vec::new();
         for (target, name, filter) in targets {
-            let switch = Arc::new(Announced::default());
+            let said = said.clone();
+            let switch = Arc::new(Announced::new(move |line| said.say(line)));
             let mut options = TargetOptions::new(name.clone());
             options.filter = filter;
             options.cut_off = Some(switch.clone());
@@ -144,7 +150,7 @@ impl Assembly {
         let pairs = put_bars(&wanted).map_err(Error::from).and_then(|outcome| {
             match outcome.host_errors.first() {
                 Some(error) => Err(*error).context("placing the BARs"),
-                None => Ok(self.roster()?.pairs()),
+                None => self.roster()?.all_pairs(),
             }
         });
         // However that ended. Not every function has a reset; it is quiet all the same.

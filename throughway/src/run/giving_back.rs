@@ -1,10 +1,14 @@
 //! Gives the host what it wants back while the machine runs.
 //!
 //! A thread waits for VFIO's request interrupts. It owns the [`Holdings`] meanwhile, and returns them
-//! when it is told that the machine has ended.
+//! when it is told that the machine has ended. A mistake of ours ends the listening and nothing else:
+//! holdings that are dropped would take every IOMMU from a guest that runs.
 
+use std::fmt;
 use std::io::{self, PipeWriter};
-use std::os::fd::AsFd;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -33,25 +37,34 @@ impl GivingBack {
         let thread = thread::Builder::new()
             .name("requests".to_owned())
             .spawn(move || {
+                let mut serve = || {
+                    serve(
+                        &mut holdings,
+                        &mut requests,
+                        ended.as_fd(),
+                        &pull_out,
+                        &notices,
+                    )
+                };
+                let deaf = |why: &dyn fmt::Display| {
+                    let what = "cannot be heard any more if it wants a function back";
+                    notices.note("the host", what, why);
+                };
                 loop {
-                    match requests.next(ended.as_fd()) {
-                        Ok(Some(bdf)) => {
-                            let members = &holdings.members;
-                            let place = members.iter().position(|member| member.bdf == bdf);
-                            if let Some(place) = place
-                                && let Some(pulled) = pull_out(place)
-                            {
-                                give_back(&mut holdings, place, pulled, &notices);
-                            }
+                    match catch_unwind(AssertUnwindSafe(&mut serve)) {
+                        Ok(Ok(ControlFlow::Continue(()))) => {}
+                        Ok(Ok(ControlFlow::Break(()))) => break,
+                        Ok(Err(error)) => {
+                            deaf(&format_args!("{error:#}"));
+                            break;
                         }
-                        Ok(None) => return holdings,
-                        Err(error) => {
-                            let what = "cannot be heard any more if it wants a function back";
-                            notices.note("the host", what, &format_args!("{error:#}"));
-                            return holdings;
+                        Err(_) => {
+                            deaf(&"its thread panicked, which is a bug in this program: please report it");
+                            break;
                         }
                     }
                 }
+                holdings
             })
             .context("starting a thread for the host's requests failed")?;
         Ok(Self {
@@ -78,6 +91,26 @@ impl Drop for GivingBack {
         // Holdings end by themselves, and a panic has said so itself.
         drop(self.join());
     }
+}
+
+/// Waits for a request and does what it asks for; breaks at the end.
+fn serve(
+    holdings: &mut Holdings,
+    requests: &mut Requests,
+    ended: BorrowedFd<'_>,
+    pull_out: &impl Fn(usize) -> Option<PulledOut>,
+    notices: &Notices,
+) -> Result<ControlFlow<()>> {
+    let Some(bdf) = requests.next(ended)? else {
+        return Ok(ControlFlow::Break(()));
+    };
+    let mut members = holdings.members.iter();
+    if let Some(place) = members.position(|member| member.bdf == bdf)
+        && let Some(pulled) = pull_out(place)
+    {
+        give_back(holdings, place, pulled, notices);
+    }
+    Ok(ControlFlow::Continue(()))
 }
 
 fn give_back(holdings: &mut Holdings, place: usize, pulled: PulledOut, notices: &Notices) {

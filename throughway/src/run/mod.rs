@@ -121,24 +121,33 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         hypervisor.most_processors(),
         args.cpus
     );
-    let assembly = Assembly::new(args, &policy, &hypervisor)?;
+    // Whoever asks before there is an answer waits for it.
+    let questions = signals::questions()?;
+    let said = Outlet::new(io::stderr())?;
+    let assembly = Assembly::new(args, &policy, &hypervisor, &said)?;
     if args.dry_run || policy.required {
-        let report = assembly.rehearse(args)?;
+        let report = assembly.rehearse(args);
+        said.drain();
+        let report = report?;
         if policy.required {
             let missing: Vec<_> = report.missing().collect();
             for missing in &missing {
-                eprintln!("throughway: {missing}; --p2p required wants it mapped");
+                say(&format!(
+                    "throughway: {missing}; --p2p required wants it mapped"
+                ));
             }
             if !missing.is_empty() && !args.dry_run {
                 bail!("not started: not everyone reaches whom they have to");
             }
         }
         if args.dry_run {
-            if args.json {
-                println!("{}", serde_json::to_string_pretty(&report)?);
+            let text = if args.json {
+                serde_json::to_string_pretty(&report)? + "\n"
             } else {
-                print!("{report}");
-            }
+                report.to_string()
+            };
+            let written = io::stdout().write_all(text.as_bytes());
+            written.context("the report cannot be written")?;
             let fits = !policy.required || report.missing().next().is_none();
             return Ok(if fits {
                 ExitCode::SUCCESS
@@ -148,13 +157,9 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         }
     }
     let console = Outlet::new(io::stdout())?;
-    let said = Outlet::new(io::stderr())?;
     let notices = {
         let said = said.clone();
-        Arc::new(Notices::new(move |line| {
-            // An outlet takes everything.
-            let _said = write!(said.clone(), "throughway: {line}\r\n");
-        }))
+        Arc::new(Notices::new(move |line| said.say(line)))
     };
     let watch = assembly.watch(&notices)?;
     let roster = assembly.roster()?;
@@ -170,7 +175,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     };
     let giving_back = GivingBack::start(holdings, requests, pull_out, notices)?;
     signals::press_for(controls.clone())?;
-    signals::tell_for(roster, said.clone(), args.json)?;
+    signals::tell_for(questions, roster, said.clone(), args.json)?;
     let terminal = RawTerminal::take()?;
     terminal::type_for(controls, terminal.is_some())?;
     let ended = machine.run();

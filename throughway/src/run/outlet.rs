@@ -51,6 +51,12 @@ impl Outlet {
         Ok(Self(shared))
     }
 
+    /// Says a line of this program's, for a terminal that may be raw.
+    pub fn say(&self, line: impl std::fmt::Display) {
+        // It takes everything.
+        let _said = write!(self.clone(), "throughway: {line}\r\n");
+    }
+
     /// Waits until all is written, but not for ever.
     pub fn drain(&self) {
         let until = Instant::now() + PATIENCE;

@@ -44,13 +44,22 @@ pub fn press_for(controls: Controls) -> Result<()> {
     Ok(())
 }
 
-/// Tells what the map and the reach are each time somebody asks.
-pub fn tell_for(roster: Roster, mut said: Outlet, json: bool) -> Result<()> {
-    let mut signals = Signals::new([SIGUSR1]).context("preparing for signals failed")?;
+/// The signal by which somebody asks what the map and the reach are. From now on it ends nobody.
+pub fn questions() -> Result<Signals> {
+    Signals::new([SIGUSR1]).context("preparing for signals failed")
+}
+
+/// Tells it each time somebody asks.
+pub fn tell_for(
+    mut questions: Signals,
+    roster: Roster,
+    mut said: Outlet,
+    json: bool,
+) -> Result<()> {
     thread::Builder::new()
         .name("map".to_owned())
         .spawn(move || {
-            for _ in signals.forever() {
+            for _ in questions.forever() {
                 // It can be written as JSON, and an outlet takes everything.
                 if let Ok(lines) = roster.look().lines(json) {
                     let _said = said.write_all(lines.as_bytes());

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use anyhow::{Result, ensure};
 use memory_map::{RegionId, RegionKind, RegionManager, TargetId};
 use serde::Serialize;
 
@@ -61,8 +62,25 @@ impl Roster {
         self.functions.iter().enumerate().filter(here).collect()
     }
 
-    /// Who reaches whose BARs.
-    pub fn pairs(&self) -> Vec<Pair> {
+    /// Who reaches whose BARs, of everybody.
+    ///
+    /// # Errors
+    /// Where somebody has left.
+    pub fn all_pairs(&self) -> Result<Vec<Pair>> {
+        let pairs = self.pairs();
+        let bars = self.functions.iter().map(|function| function.bars.len());
+        let others = self.functions.len().saturating_sub(1);
+        let all = bars.sum::<usize>().saturating_mul(others);
+        ensure!(
+            pairs.len() == all,
+            "the map knows {} pairs of functions and BARs, not {all}",
+            pairs.len()
+        );
+        Ok(pairs)
+    }
+
+    /// Who reaches whose BARs, of those that are there.
+    fn pairs(&self) -> Vec<Pair> {
         let present = self.present();
         let mut pairs = Vec::new();
         for (from, who) in &present {
@@ -243,11 +261,13 @@ mod tests {
             bypasses: Bypasses::new(),
         };
         assert!(roster.look().to_string().contains("a -> c BAR0: mapped\n"));
+        assert_eq!(roster.all_pairs().unwrap().len(), 4);
 
         // A function that has left is not told of, and keeps nobody from looking.
         let mut change = map.change();
         change.remove(gone);
         change.commit().unwrap();
+        assert!(roster.all_pairs().is_err());
         let snapshot = roster.look();
         let expected = "  \
   0x000000000000-0x000000003fff  RAM 0

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use assigned_pci::{AssignedFunction, BarIndex, FunctionOptions};
 use iommu::Type1Target;
 use machine::{Notices, PulledOut};
 use memory_map::{
-    Backing, DmaTarget, Errno, Gpa, IovaRange, MapRequest, RegionManager, TargetError,
+    Backing, DmaTarget, Errno, Gpa, Iova, IovaRange, MapRequest, RegionManager, TargetError,
     TargetLimits, TargetOptions,
 };
 use sim_host::{Call, CallPoint, FunctionSpec, SimFunction, SimHost};
@@ -19,7 +20,7 @@ use vfio_sys::{Bdf, EventFd};
 
 use super::giving_back::GivingBack;
 use super::holdings::{Holdings, Member};
-use crate::host::Requests;
+use crate::host::{Announced, Requests};
 use crate::ram::GuestRam;
 
 const NAMES: [&str; 3] = ["0000:01:00.0", "0000:02:00.0", "0000:03:00.0"];
@@ -218,9 +219,78 @@ fn what_stays_mapped_is_told_at_once_and_at_the_end() {
     assert_eq!(format!("{error:#}"), said);
 }
 
+/// An IOMMU that takes everything and keeps nothing.
+struct Forgetful;
+
+impl DmaTarget for Forgetful {
+    fn limits(&self) -> Result<TargetLimits, Errno> {
+        Ok(TargetLimits {
+            page_size: 0x1000,
+            allowed: vec![IovaRange::new(Iova::new(0), 1 << 39).unwrap()],
+            entry_limit: None,
+            largest_mapping: 1 << 30,
+            read_only: true,
+            device_memory: true,
+            unmap_spans: true,
+        })
+    }
+    fn needs_host_address(&self, _: &Backing) -> bool {
+        false
+    }
+    fn map(&mut self, _: &MapRequest) -> Result<(), TargetError> {
+        Ok(())
+    }
+    fn unmap(&mut self, _: IovaRange) -> Result<(), TargetError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn devices_are_cut_off_before_that_is_said() {
+    let (rig, holdings) = rig(|target| target);
+    let host = rig.functions[0].upgrade().unwrap();
+    let (say, lines) = mpsc::channel();
+    let announced = Announced::new(move |line| {
+        say.send((line.to_string(), host.masters_bus())).unwrap();
+        panic!("whoever says it fails");
+    });
+    announced.add(holdings.functions().next().unwrap());
+    let mut options = TargetOptions::new("stuck");
+    options.cut_off = Some(Arc::new(announced));
+    let stuck = Box::new(Clinging(Box::new(Forgetful)));
+    let _stuck = rig.map.register(stuck, options).unwrap();
+    let moved = holdings.members[1].function.as_ref().unwrap();
+    let off = || moved.config_write(COMMAND, &[0, 0]);
+    let _panicked = catch_unwind(AssertUnwindSafe(off));
+    let (line, masters_bus) = lines.try_recv().unwrap();
+    assert!(line.starts_with("stuck is cut off: "), "{line}");
+    assert!(!masters_bus);
+}
+
 /// Waits for the next line that was said.
 fn heard(lines: &Receiver<String>) -> String {
     lines.recv_timeout(Duration::from_secs(60)).unwrap()
+}
+
+#[test]
+fn a_mistake_of_ours_takes_no_iommu_from_the_guest() {
+    let (rig, holdings) = rig(|target| target);
+    let event = EventFd::new().unwrap();
+    let ask = File::from(event.as_fd().try_clone_to_owned().unwrap());
+    let (say, lines) = mpsc::channel();
+    let notices = Notices::new(move |line| say.send(line.to_owned()).unwrap());
+    let requests = Requests::by(vec![(bdf(2), event)]);
+    let pull_out = |_| panic!("the test's own");
+    let giving_back = GivingBack::start(holdings, requests, pull_out, Arc::new(notices)).unwrap();
+    (&ask).write_all(&1_u64.to_ne_bytes()).unwrap();
+    let said = heard(&lines);
+    assert!(said.contains("cannot be heard any more"), "{said}");
+    let all = [(0, vec![0, 1, 2]), (1, vec![0, 1, 2])];
+    assert_eq!(rig.mapped(), all);
+    let holdings = giving_back.end().unwrap();
+    assert_eq!(rig.mapped(), all);
+    holdings.end().unwrap();
+    assert_eq!(rig.host.mappings(), []);
 }
 
 #[test]

@@ -23,7 +23,7 @@ pub const IN_A_ROW: u64 = 256;
 
 /// Ports that are left alone: interrupt controllers, timers, keyboard controller, the system's
 /// control ports, delay, the serial port, what ends the machine.
-const SPARED: [Range<u16>; 9] = [
+const SPARED: [Range<u16>; 10] = [
     0x20..0x22,
     0x40..0x44,
     0x60..0x65,
@@ -31,6 +31,7 @@ const SPARED: [Range<u16>; 9] = [
     0xa0..0xa2,
     0x3f8..0x400,
     0x4d0..0x4d2,
+    0x505..0x506,
     0x600..0x604,
     0xcf9..0xcfa,
 ];
