@@ -4,6 +4,7 @@ mod bars;
 mod hostile;
 mod machine;
 mod messages;
+mod move_time;
 mod nvme;
 mod pile;
 mod pulled;
@@ -124,6 +125,7 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
         "button" => return machine::power_button(),
         "enter" => return machine::enter(),
         "nvme-driver" => return nvme::by_the_kernels_driver(),
+        "move-time" => return move_time::moves_alone(number.unwrap_or(100)),
         _ => {}
     }
     let cast = match cast {
@@ -132,7 +134,7 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
     };
     match step.name.as_str() {
         "ram" => Ok(found([("moved", cast.prove_ram()?)])),
-        "p2p" => every_peer(cast),
+        "p2p" => every_peer(cast, number.unwrap_or(1)),
         "nobody" => bars::nobody(cast),
         "move" => bars::moved_by_hand(cast, number.unwrap_or(1)),
         "rescan" => bars::removed_and_found(cast),
@@ -148,11 +150,14 @@ fn run(step: &Step, cast: &mut Option<Cast>) -> anyhow::Result<Findings> {
     }
 }
 
-/// RAM to each peer and back.
-fn every_peer(cast: &mut Cast) -> anyhow::Result<Findings> {
+/// RAM to each peer and back, `times` over.
+fn every_peer(cast: &mut Cast, times: u64) -> anyhow::Result<Findings> {
     let mut moved = Vec::new();
-    for peer in cast.peers.clone() {
-        moved.push(cast.prove_peer(&peer)?);
+    for _ in 0..times {
+        moved.clear();
+        for peer in cast.peers.clone() {
+            moved.push(cast.prove_peer(&peer)?);
+        }
     }
     Ok(found([("moved", json!(moved))]))
 }

@@ -16,7 +16,15 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
 fn guest_program_finds_and_moves_devices_on_bare_metal(
     bench: &mut Bench,
 ) -> Result<(), ScenarioError> {
-    let steps = ["devices", "ram", "p2p", "nobody", "move", "rescan"];
+    let steps = [
+        "devices",
+        "ram",
+        "p2p",
+        "nobody",
+        "move",
+        "move-time",
+        "rescan",
+    ];
     let told = bench.run_ok(&[&["guest"], &steps[..]].concat())?;
     let lines = GuestLines::read(&told)?;
     lines.ensure_steps(&[&["boot"], &steps[..]].concat())?;
