@@ -1,18 +1,19 @@
 # Runs virtual machines in the nested machine, by several programs in turns, and prints what
 # vm-figures says of each.
 #
-#     [LIMIT=SECONDS] virtual-machines.sh TURNS STEPS RUN...
+#     [LIMIT=SECONDS] [SHMEM=never|advise|within_size|...] virtual-machines.sh TURNS STEPS RUN...
 #
 # A run is PROGRAM:IOMMU or PROGRAM:IOMMU:edu, which leaves the ivshmem out. An edu is 05.0, an
-# ivshmem 06.0. /lab/files/others.tar is what pack.sh makes; throughway needs none.
+# ivshmem 06.0. throughway:IOMMU-transparent has RAM of transparent huge pages, as far as SHMEM
+# (shmem_enabled) lets it; qemu:IOMMU-memfd has a memfd as RAM, as throughway has.
+# /lab/files/others.tar is what pack.sh makes; throughway needs none.
 set -u
 turns=$1 steps=$2
 shift 2
 line="console=ttyS0 quiet panic=-1 throughway.steps=$steps"
 kernel=/lab/guest/kernel initrd=/lab/guest/initrd
 edu=0000:00:05.0 ivshmem=0000:00:06.0
-mount -t debugfs debugfs /sys/kernel/debug
-echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled
+echo ${SHMEM:-never} > /sys/kernel/mm/transparent_hugepage/shmem_enabled
 mkdir /others
 if [ -e /lab/files/others.tar ]; then
     tar -C /others -xf /lab/files/others.tar && rm /lab/files/others.tar
@@ -30,7 +31,10 @@ run_throughway() {
 
 run_qemu() {
     object= of=
-    case $1 in iommufd) object="-object iommufd,id=iommufd0" of=,iommufd=iommufd0 ;; esac
+    case $1 in iommufd*) object="-object iommufd,id=iommufd0" of=,iommufd=iommufd0 ;; esac
+    case $1 in *-memfd)
+        object="$object -object memory-backend-memfd,id=ram,size=512M -machine memory-backend=ram" ;;
+    esac
     shift
     for function in "$@"; do set -- "$@" -device vfio-pci,host="$function$of"; shift; done
     vm-figures --limit ${LIMIT:-60} /others/qemu/ld.so --library-path /others/qemu \
