@@ -76,8 +76,9 @@ impl Ram {
 
     /// Like [`memfd`](Self::memfd), of ordinary pages that the kernel is asked to join to huge ones
     /// where they are mapped (`MADV_HUGEPAGE`). It does so as far as
-    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` lets it: with `advise`, `within_size` or
-    /// `always`.
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` lets it: with `within_size` or `always`.
+    /// `advise` is enough only for pages that are first touched through the mapping, not for those that
+    /// the kernel fills by the file, as iommufd has it do.
     ///
     /// # Errors
     /// As for [`memfd`](Self::memfd).
