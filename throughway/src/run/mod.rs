@@ -6,6 +6,8 @@ mod giving_back;
 mod holdings;
 mod known_to_kvm;
 mod memory;
+#[cfg(test)]
+mod narrow_iommu;
 mod outlet;
 mod reach_watch;
 mod report;

@@ -93,37 +93,11 @@ mod tests {
 
     use host_memory::Ram;
     use memory_map::{
-        Access, Backing, DmaTarget, Errno, Gpa, GpaRange, Iova, IovaRange, MapRequest, Priority,
-        RegionKind, RegionSpec, SubMapping, TargetError, TargetLimits, TargetOptions,
+        Access, Backing, Gpa, GpaRange, Priority, RegionKind, RegionSpec, SubMapping, TargetOptions,
     };
 
     use super::*;
-
-    /// An IOMMU of 39 bits that takes everything.
-    struct Narrow;
-
-    impl DmaTarget for Narrow {
-        fn limits(&self) -> Result<TargetLimits, Errno> {
-            Ok(TargetLimits {
-                page_size: 0x1000,
-                allowed: vec![IovaRange::new(Iova::new(0), 1 << 39).unwrap()],
-                entry_limit: None,
-                largest_mapping: 1 << 30,
-                read_only: true,
-                device_memory: true,
-                unmap_spans: true,
-            })
-        }
-        fn needs_host_address(&self, _: &Backing) -> bool {
-            false
-        }
-        fn map(&mut self, _: &MapRequest) -> Result<(), TargetError> {
-            Ok(())
-        }
-        fn unmap(&mut self, _: IovaRange) -> Result<(), TargetError> {
-            Ok(())
-        }
-    }
+    use crate::run::narrow_iommu::Narrow;
 
     #[test]
     fn a_bar_that_the_guest_puts_where_no_iommu_leads_is_told_and_nothing_else_is() {

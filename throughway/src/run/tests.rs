@@ -12,7 +12,7 @@ use assigned_pci::{AssignedFunction, BarIndex, FunctionOptions};
 use iommu::Type1Target;
 use machine::{Notices, PulledOut};
 use memory_map::{
-    Backing, DmaTarget, Errno, Gpa, Iova, IovaRange, MapRequest, RegionManager, TargetError,
+    Backing, DmaTarget, Errno, Gpa, IovaRange, MapRequest, RegionManager, TargetError,
     TargetLimits, TargetOptions,
 };
 use sim_host::{Call, CallPoint, FunctionSpec, SimFunction, SimHost};
@@ -20,6 +20,7 @@ use vfio_sys::{Bdf, EventFd};
 
 use super::giving_back::GivingBack;
 use super::holdings::{Holdings, Member};
+use super::narrow_iommu::Narrow;
 use crate::host::{Announced, Requests};
 use crate::ram::GuestRam;
 
@@ -219,32 +220,6 @@ fn what_stays_mapped_is_told_at_once_and_at_the_end() {
     assert_eq!(format!("{error:#}"), said);
 }
 
-/// An IOMMU that takes everything and keeps nothing.
-struct Forgetful;
-
-impl DmaTarget for Forgetful {
-    fn limits(&self) -> Result<TargetLimits, Errno> {
-        Ok(TargetLimits {
-            page_size: 0x1000,
-            allowed: vec![IovaRange::new(Iova::new(0), 1 << 39).unwrap()],
-            entry_limit: None,
-            largest_mapping: 1 << 30,
-            read_only: true,
-            device_memory: true,
-            unmap_spans: true,
-        })
-    }
-    fn needs_host_address(&self, _: &Backing) -> bool {
-        false
-    }
-    fn map(&mut self, _: &MapRequest) -> Result<(), TargetError> {
-        Ok(())
-    }
-    fn unmap(&mut self, _: IovaRange) -> Result<(), TargetError> {
-        Ok(())
-    }
-}
-
 #[test]
 fn devices_are_cut_off_before_that_is_said() {
     let (rig, holdings) = rig(|target| target);
@@ -257,7 +232,7 @@ fn devices_are_cut_off_before_that_is_said() {
     announced.add(holdings.functions().next().unwrap());
     let mut options = TargetOptions::new("stuck");
     options.cut_off = Some(Arc::new(announced));
-    let stuck = Box::new(Clinging(Box::new(Forgetful)));
+    let stuck = Box::new(Clinging(Box::new(Narrow)));
     let _stuck = rig.map.register(stuck, options).unwrap();
     let moved = holdings.members[1].function.as_ref().unwrap();
     let off = || moved.config_write(COMMAND, &[0, 0]);
