@@ -29,6 +29,8 @@ pub struct VmRun<'a> {
     pub steps: &'a str,
     /// The guest's kernel.
     pub kernel: &'a str,
+    /// The guest's RAM, see `throughway run --memory`.
+    pub memory: &'a str,
     /// Further options of `throughway run`.
     pub options: &'a [&'a str],
 }
@@ -41,6 +43,7 @@ impl<'a> VmRun<'a> {
             devices,
             steps,
             kernel: GUEST_KERNEL,
+            memory: "size=512M",
             options: &[],
         }
     }
@@ -61,7 +64,7 @@ impl<'a> VmRun<'a> {
             "--initrd",
             GUEST_INITRD,
             "--memory",
-            "size=512M",
+            self.memory,
             "--cpus",
             "2",
             "--iommu",
