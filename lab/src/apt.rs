@@ -207,6 +207,28 @@ impl Apt {
         fs::remove_dir_all(&downloads).map_err(io_error("remove the folder", &downloads))
     }
 
+    /// Downloads a source package and gives the archive of what Debian has it from.
+    ///
+    /// # Errors
+    /// When apt fails, or the package has no such archive.
+    pub fn download_source(&self, source: &Package, into: &Path) -> Result<PathBuf, PackageError> {
+        let mut progress = Progress::start(format!("fetching the source of {source}"));
+        let wanted = format!("{}={}", source.name, source.version);
+        self.run(
+            "apt-get",
+            &["source", "--tar-only", "--only-source", &wanted],
+            Some(into),
+            Some(&mut progress),
+        )?;
+        progress.done();
+        let is_it = |path: &PathBuf| path.to_string_lossy().ends_with(".orig.tar.xz");
+        let archive = files_in(into)?.into_iter().find(is_it);
+        archive.ok_or_else(|| PackageError::Incomplete {
+            package: source.clone(),
+            what: "archive of its origin".to_owned(),
+        })
+    }
+
     /// Downloads a package and everything it depends on, preferring a suite, and unpacks it all
     /// into a folder. `recommends` are left out.
     ///
@@ -315,12 +337,15 @@ fn parse_madison(text: &str, suite: Option<&str>) -> Vec<Package> {
 }
 
 fn packages_in(folder: &Path) -> Result<Vec<PathBuf>, PackageError> {
+    let mut found = files_in(folder)?;
+    found.retain(|path| path.extension().is_some_and(|e| e == "deb"));
+    Ok(found)
+}
+
+fn files_in(folder: &Path) -> Result<Vec<PathBuf>, PackageError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(io_error("read the folder", folder))? {
-        let path = entry.map_err(io_error("read the folder", folder))?.path();
-        if path.extension().is_some_and(|e| e == "deb") {
-            found.push(path);
-        }
+        found.push(entry.map_err(io_error("read the folder", folder))?.path());
     }
     found.sort();
     Ok(found)

@@ -148,7 +148,7 @@ pub fn of_release(all: &[Source], codename: &str, further: &[&str]) -> Vec<Sourc
     kept
 }
 
-/// Writes sources in deb822 form.
+/// Writes sources in deb822 form, for their source packages too.
 #[must_use]
 pub fn to_deb822(sources: &[Source]) -> String {
     let mut text = String::new();
@@ -157,7 +157,7 @@ pub fn to_deb822(sources: &[Source]) -> String {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "{name}: {value}");
         };
-        field("Types", "deb");
+        field("Types", "deb deb-src");
         field("URIs", &source.uris.join(" "));
         field("Suites", &source.suites.join(" "));
         field("Components", &source.components.join(" "));

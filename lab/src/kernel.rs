@@ -1,10 +1,8 @@
 //! The kernel of the nested machine: a stock Debian one, one built here from Debian's sources, or
 //! one the user built.
 
-mod build_tools;
 mod built;
 mod configuration;
-mod step;
 mod stock;
 
 use std::fs;
@@ -12,6 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::apt::Packages;
+use crate::build::BuildError;
 use crate::package::{Package, PackageError};
 
 /// A kernel that can be booted.
@@ -88,6 +87,9 @@ pub enum KernelError {
     /// Its package could not be had.
     #[error(transparent)]
     Package(#[from] PackageError),
+    /// It could not be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
     /// The user's is not there.
     #[error("no kernel image at {path}")]
     Image {
@@ -108,26 +110,6 @@ pub enum KernelError {
         #[source]
         source: io::Error,
     },
-    /// The package does not have what it should.
-    #[error("{package} has no {what}")]
-    Incomplete {
-        /// The package.
-        package: Package,
-        /// What is not in it.
-        what: String,
-    },
-    /// There is no compiler.
-    #[error(
-        "the lab's iommufd kernel is built here, and {tool} cannot be started; have root do: \
-         apt-get install gcc libc6-dev"
-    )]
-    Compiler {
-        /// Which program was tried.
-        tool: &'static str,
-        /// Why it cannot be started.
-        #[source]
-        source: io::Error,
-    },
     /// The source does not offer what the configuration asks for.
     #[error(
         "{package} does not take these lines of lab/kernel/iommufd.config:\n    {}",
@@ -138,18 +120,6 @@ pub enum KernelError {
         package: Package,
         /// The lines, each with what there is instead.
         lines: Vec<String>,
-    },
-    /// A step of the build failed.
-    #[error("{step} failed ({how}); all it said is in {log}, among it:\n{tail}")]
-    Build {
-        /// What was being done.
-        step: String,
-        /// The exit status.
-        how: String,
-        /// Everything the step said. It stays until the next build.
-        log: PathBuf,
-        /// Its first errors and its end.
-        tail: String,
     },
     /// A module is compressed in a way that is not understood.
     #[error("cannot decompress {path}: {reason}")]

@@ -2,12 +2,13 @@
 //!
 //! The lab needs no hardware and no privileges: it boots a kernel under an emulated IOMMU, binds
 //! emulated PCI functions to vfio-pci and runs programs there. [`parts::Parts::obtain`] fetches
-//! what that takes into a [`cache::Cache`] with the system's package manager;
-//! [`machine::Machine::boot`] starts a machine from it; [`scenario`] runs checks on machines.
+//! what that takes into a [`cache::Cache`] with the system's package manager, and builds what no
+//! package has; [`machine::Machine::boot`] starts a machine from it; [`scenario`] runs checks on
+//! machines.
 //!
 //! ```text
 //!   apt_sources -> apt -> { qemu, kernel, shell } -> parts ─┐
-//!                cache ───────┘                             ├-> machine -> scenario(s)
+//!          cache, build ──────┘                             ├-> machine -> scenario(s)
 //!   spec, cpio -> initramfs ────────────────────────────────┤
 //!   channel (shared with lab_init), monitor ────────────────┤
 //!   dmar, run_directory ────────────────────────────────────┘
@@ -19,6 +20,7 @@
 
 pub mod apt;
 pub mod apt_sources;
+pub mod build;
 pub mod cache;
 pub mod channel;
 pub mod cpio;

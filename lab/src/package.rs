@@ -78,6 +78,14 @@ pub enum PackageError {
         /// What the last update of the lists complained about, if it did.
         update: String,
     },
+    /// The package does not have what it should.
+    #[error("{package} has no {what}")]
+    Incomplete {
+        /// The package.
+        package: Package,
+        /// What is not in it.
+        what: String,
+    },
     /// A file of apt's could not be read or written.
     #[error("cannot {action} {path}")]
     Io {

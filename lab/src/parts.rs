@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::apt::Packages;
+use crate::build::BuildError;
 use crate::cache::Cache;
 use crate::kernel::{Kernel, KernelChoice, KernelError};
 use crate::package::PackageError;
@@ -36,9 +37,12 @@ pub struct Parts {
 /// Why a part is missing.
 #[derive(Debug, thiserror::Error)]
 pub enum PartsError {
-    /// QEMU or the shell.
+    /// The shell.
     #[error(transparent)]
     Package(#[from] PackageError),
+    /// QEMU.
+    #[error(transparent)]
+    Qemu(#[from] BuildError),
     /// The kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),

@@ -1,51 +1,65 @@
-//! QEMU, unpacked into the cache and started from there.
+//! QEMU, built here with the lab's patch, and started from the cache.
 //!
-//! Debian's own QEMU may be too old, and a system may have none: the lab takes it from the
-//! release's `-backports` suite with everything it depends on, and starts it through the dynamic
-//! loader that was unpacked with it. Nothing is installed, and nothing of this machine's libraries
-//! is used.
+//! The release's own QEMU may be too old, a system may have none, and none delivers a guest's
+//! interrupts well enough (`lab/qemu/guest-interrupts.patch`): the lab builds it from Debian's source.
+//! The firmware and the libraries are those of Debian's package in the release's `-backports` suite,
+//! unpacked with everything it depends on; the emulator is started through the dynamic loader that is
+//! among them. Nothing is installed, and nothing of this machine's libraries is used.
+
+mod built;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::apt::{Apt, Packages};
+use crate::build::BuildError;
 use crate::cache::EntryName;
 use crate::package::{Package, PackageError};
 
 const PACKAGE: &str = "qemu-system-x86";
-/// The oldest that serves. The lab's facts were measured with 10.0.
-const OLDEST_MAJOR: u32 = 10;
+/// The series that serves: the patch is for it, and the lab's facts were measured with it.
+const MAJOR: &str = "10";
 
-/// An unpacked QEMU.
+/// A QEMU that can be started.
 #[derive(Debug, Clone)]
 pub struct Qemu {
+    /// The folder of Debian's package and what it depends on.
     root: PathBuf,
+    program: PathBuf,
     /// Its package's version.
     pub version: String,
 }
 
 impl Qemu {
-    /// QEMU, fetched if need be. One that is in the cache is used without asking the mirror.
+    /// QEMU, fetched and built if need be. One that is in the cache is used without asking the
+    /// mirror.
     ///
     /// # Errors
-    /// When its packages cannot be had.
-    pub fn obtain(packages: &mut Packages<'_>) -> Result<Self, PackageError> {
+    /// When its packages cannot be had, or it cannot be built.
+    pub fn obtain(packages: &mut Packages<'_>) -> Result<Self, BuildError> {
         let cache = packages.cache();
-        let mut cached = cache.versions_of(PACKAGE)?;
-        cached.retain(|(version, _)| serves(version));
-        if let Some((version, root)) = cached.pop() {
+        let mut cached = cache.versions_of(&built::subject())?;
+        while let Some((version, folder)) = cached.pop() {
             let version = version.replace("%3a", ":");
-            return Ok(Self { root, version });
+            if let Some(root) = cache.get(&EntryName::new(PACKAGE, &version)) {
+                return Ok(Self::from_entries(root, &folder, version));
+            }
         }
         let apt = packages.apt()?;
         let suite = apt.backports();
         let package = choose(apt, &suite)?;
         let name = EntryName::new(&package.name, &package.version);
         let root = cache.entry(&name, |folder| apt.unpack_closure(&package, &suite, folder))?;
-        Ok(Self {
+        let folder = built::obtain(packages, &package.version)?;
+        Ok(Self::from_entries(root, &folder, package.version))
+    }
+
+    fn from_entries(root: PathBuf, built: &Path, version: String) -> Self {
+        Self {
             root,
-            version: package.version,
-        })
+            program: built.join(built::PROGRAM),
+            version,
+        }
     }
 
     /// The command that starts the emulator, without arguments but those that tell it where its
@@ -77,14 +91,13 @@ impl Qemu {
         command
             .arg("--library-path")
             .arg(libraries)
-            .arg(inside("usr/bin/qemu-system-x86_64"));
+            .arg(&self.program);
         for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
             command.arg("-L").arg(inside(firmware));
         }
         command
             .env_remove("LD_LIBRARY_PATH")
-            .env_remove("LD_PRELOAD")
-            .env("QEMU_MODULE_DIR", inside("usr/lib/x86_64-linux-gnu/qemu"));
+            .env_remove("LD_PRELOAD");
         command
     }
 }
@@ -112,22 +125,17 @@ fn choose(apt: &Apt, suite: &str) -> Result<Package, PackageError> {
             let advice = format!(
                 "use a mirror that carries {suite}: the one of this machine's own apt sources was asked"
             );
-            let wanted = format!("{PACKAGE} {OLDEST_MAJOR}.0 or newer, from {suite}");
+            let wanted = format!("{PACKAGE} {MAJOR}, from {suite}");
             apt.missing(&wanted, &newest_first[1], &advice)
         })
 }
 
-/// Whether a version, plain or escaped, is new enough.
+/// Whether a version is of the series.
 fn serves(version: &str) -> bool {
     let upstream = version
-        .split_once("%3a")
-        .or_else(|| version.split_once(':'))
+        .split_once(':')
         .map_or(version, |(_, upstream)| upstream);
-    upstream
-        .split('.')
-        .next()
-        .and_then(|major| major.parse::<u32>().ok())
-        .is_some_and(|major| major >= OLDEST_MAJOR)
+    upstream.split('.').next() == Some(MAJOR)
 }
 
 #[cfg(test)]
@@ -135,10 +143,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn old_versions_do_not_serve() {
+    fn other_series_do_not_serve() {
         assert!(serves("1:10.0.2+ds-2+deb13u1~bpo12+1"));
-        assert!(serves("1%3a10.0.2+ds-2"));
-        assert!(serves("1:11.0-1"));
+        assert!(serves("10.0.13+ds-0+deb13u1"));
+        assert!(!serves("1:11.1.3+ds-1~bpo13+1"));
         assert!(!serves("1:7.2+dfsg-7+deb12u18+b3"));
         assert!(!serves("nonsense"));
     }

@@ -36,11 +36,12 @@ enum Chore {
     Test(Strictness),
     /// The nested machine: QEMU, a real kernel, a real IOMMU driver.
     ///
-    /// What it needs (QEMU, a stock kernel, a shell; about 150 MB of packages) is fetched with apt
-    /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. A second
-    /// kernel, `iommufd`, is built there, once, from Debian's source package (170 MB; 2 GB of disk
-    /// while it is built; fifteen minutes of processor time). Nothing is installed, and no privileges
-    /// are needed; building wants gcc on the PATH.
+    /// What it needs (QEMU, a stock kernel, a shell; about 250 MB of packages) is fetched with apt
+    /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. QEMU is
+    /// built there, once, from Debian's source with a patch (six minutes of processor time), and so
+    /// is a second kernel, `iommufd` (170 MB; 2 GB of disk while it is built; fifteen minutes of
+    /// processor time). Nothing is installed, and no privileges are needed; building wants gcc on the
+    /// PATH.
     #[command(subcommand)]
     Lab(Box<LabChore>),
 }

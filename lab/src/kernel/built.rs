@@ -5,14 +5,14 @@
 //! building takes (source, tools, objects) is in the entry's folder while it is made and gone when
 //! it is whole, or when making it fails.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 
-use super::build_tools::BuildTools;
-use super::step::Step;
 use super::{Kernel, KernelError, configuration, io_error};
 use crate::apt::{Apt, Packages};
+use crate::build::{BuildTools, Step, Tools, digest, jobs, unpack_source};
 use crate::cache::EntryName;
 use crate::package::{Package, PackageError};
 use crate::progress::Progress;
@@ -28,6 +28,21 @@ const BUILDER: &str = "lab1";
 
 /// Version and patch level, such as 7 and 3.
 type Series = (u32, u32);
+
+/// What building takes, of this release.
+const TOOLS: Tools = &[
+    &["make"],
+    &["xz-utils"],
+    &["flex"],
+    &["bison"],
+    &["m4"],
+    &["libsigsegv2"],
+    &["bc"],
+    &["libreadline8t64", "libreadline8"],
+    // For objtool, which the kernel builds for itself.
+    &["libelf-dev"],
+    &["libelf1t64", "libelf1"],
+];
 
 /// How many lines `tar` and `make` print for the pinned source, to tell how far they are. Wrong
 /// numbers do no harm.
@@ -62,7 +77,7 @@ pub(super) fn obtain(packages: &mut Packages<'_>) -> Result<Kernel, KernelError>
 
 /// What entries of this configuration, built this way, are called.
 fn subject(fragment: &str) -> String {
-    let digest = configuration::digest(fragment);
+    let digest = digest(fragment);
     format!("kernel-iommufd-{BUILDER}-{digest:016x}")
 }
 
@@ -129,7 +144,7 @@ fn build(
         fs::create_dir(path).map_err(io_error("make the folder", path))?;
     }
     let apt = packages.apt()?;
-    apt.unpack(&BuildTools::packages(apt)?, &tools)?;
+    apt.unpack(&BuildTools::packages(apt, TOOLS, apt.release())?, &tools)?;
     apt.unpack(std::slice::from_ref(source), &package)?;
     // Others may want packages while this one builds for minutes.
     packages.close();
@@ -138,19 +153,14 @@ fn build(
     let archive = package
         .join("usr/src")
         .join(format!("{}.tar.xz", source.name));
-    let mut tar = tools.command("tar");
-    tar.args(["--extract", "--xz", "--verbose", "--strip-components=1"])
-        .args(["--no-same-owner", "--file"])
-        .arg(&archive)
-        .arg("--directory")
-        .arg(&tree);
-    Step::new("unpacking the kernel's source", LINES_OF_TAR, log).run(&mut tar)?;
+    let unpacking = Step::new("unpacking the kernel's source", LINES_OF_TAR, log);
+    unpack_source(&tools, &archive, &tree, unpacking)?;
     fs::remove_dir_all(&package).map_err(io_error("remove the folder", &package))?;
 
     configure(&tools, source, &tree, log)?;
 
     let mut make = make(&tools, &tree);
-    make.arg(format!("--jobs={}", processors())).arg("bzImage");
+    make.arg(format!("--jobs={}", jobs())).arg("bzImage");
     let title = format!("building {source} with lab/kernel/iommufd.config");
     Step::new(&title, LINES_OF_MAKE, log).run(&mut make)?;
 
@@ -201,22 +211,31 @@ fn configure(
     }
 }
 
+/// make's variables by which the programs that the kernel builds for its own build find our libraries.
+fn own_libraries(tools: &BuildTools) -> [OsString; 2] {
+    let variable = |start: &str, path: &str| {
+        let mut text = OsString::from(start);
+        text.push(tools.inside(path));
+        text
+    };
+    [
+        variable("HOSTCFLAGS=-I", "usr/include"),
+        variable("HOSTLDFLAGS=-L", "usr/lib/x86_64-linux-gnu"),
+    ]
+}
+
 fn make(tools: &BuildTools, tree: &Path) -> std::process::Command {
     let mut command = tools.command("make");
     command
         .arg("--directory")
         .arg(tree)
-        .args(tools.make_variables())
+        .args(own_libraries(tools))
         .args([
             "ARCH=x86_64",
             "KBUILD_BUILD_USER=lab",
             "KBUILD_BUILD_HOST=throughway",
         ]);
     command
-}
-
-fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 #[cfg(test)]

@@ -6,14 +6,6 @@
 /// The fragment, as the repository has it.
 pub(super) const FRAGMENT: &str = include_str!("../../kernel/iommufd.config");
 
-/// A number that differs for fragments that differ: FNV-1a, which unlike the standard library's
-/// hashers gives the same in every version of Rust.
-pub(super) fn digest(fragment: &str) -> u64 {
-    fragment.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
-}
-
 /// The lines of the fragment that do not hold in a finished configuration, each with what holds
 /// instead.
 pub(super) fn not_taken(fragment: &str, finished: &str) -> Vec<String> {
@@ -84,11 +76,5 @@ mod tests {
             ]
         );
         assert!(not_taken(fragment, fragment).is_empty());
-    }
-
-    #[test]
-    fn the_digest_is_fnv_1a_and_sees_every_change() {
-        assert_eq!(digest("a"), 0xaf63_dc4c_8601_ec8c);
-        assert_ne!(digest("CONFIG_A=y\n"), digest("CONFIG_A=n\n"));
     }
 }

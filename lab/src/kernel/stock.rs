@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::{Kernel, KernelError, io_error};
 use crate::apt::{Apt, Packages};
 use crate::cache::EntryName;
-use crate::package::Package;
+use crate::package::{Package, PackageError};
 
 /// The series the stock kernel is from; what stands in for the pinned one is from it too.
 const SERIES: &str = "6.12";
@@ -115,14 +115,14 @@ fn fetch(apt: &Apt, package: &Package, folder: &Path) -> Result<(), KernelError>
         .name
         .strip_prefix("linux-image-")
         .unwrap_or(&package.name);
-    let incomplete = |what: String| KernelError::Incomplete {
+    let incomplete = |what: String| PackageError::Incomplete {
         package: package.clone(),
         what,
     };
 
     let image = unpacked.join("boot").join(format!("vmlinuz-{release}"));
     if !image.is_file() {
-        return Err(incomplete(format!("boot/vmlinuz-{release}")));
+        return Err(incomplete(format!("boot/vmlinuz-{release}")).into());
     }
     let kept = folder.join("vmlinuz");
     fs::rename(&image, &kept).map_err(io_error("move", &image))?;

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::{KernelError, io_error};
+use super::{BuildError, io_error};
 use crate::progress::Progress;
 
 /// How much of a failed step's log is shown: its end, and the first lines before that which tell of
@@ -15,7 +15,7 @@ const ERROR_LINES: usize = 5;
 
 /// A step: its title, how many lines its command prints, about, and the file that gets them.
 #[derive(Debug)]
-pub(super) struct Step<'a> {
+pub(crate) struct Step<'a> {
     title: &'a str,
     lines: usize,
     log: &'a Path,
@@ -23,7 +23,7 @@ pub(super) struct Step<'a> {
 
 impl<'a> Step<'a> {
     /// A step that is not begun.
-    pub(super) fn new(title: &'a str, lines: usize, log: &'a Path) -> Self {
+    pub(crate) fn new(title: &'a str, lines: usize, log: &'a Path) -> Self {
         Self { title, lines, log }
     }
 
@@ -31,7 +31,7 @@ impl<'a> Step<'a> {
     ///
     /// # Errors
     /// When the command cannot be started, or fails: with the end of what it said.
-    pub(super) fn run(self, command: &mut Command) -> Result<(), KernelError> {
+    pub(crate) fn run(self, command: &mut Command) -> Result<(), BuildError> {
         let Self { title, lines, log } = self;
         let mut progress = Progress::start(title);
         let mut file = File::create(log).map_err(io_error("write", log))?;
@@ -67,7 +67,7 @@ impl<'a> Step<'a> {
             return Ok(());
         }
         drop(progress);
-        Err(KernelError::Build {
+        Err(BuildError::Step {
             step: title.to_owned(),
             how: status.to_string(),
             log: log.to_owned(),
@@ -108,7 +108,7 @@ mod tests {
         let script = "echo f.c:1: error: early; for i in $(seq 30); do echo line $i; done
              echo the reason >&2; echo end; exit 4";
         let error = step().run(&mut sh(script)).unwrap_err();
-        let KernelError::Build { step, how, .. } = &error else {
+        let BuildError::Step { step, how, .. } = &error else {
             panic!("{error:?}");
         };
         assert_eq!((step.as_str(), how.as_str()), ("trying", "exit status: 4"));

@@ -1,5 +1,4 @@
-//! What building a kernel takes beside a compiler: packages unpacked next to the source, nothing
-//! installed.
+//! What building takes beside a compiler: packages unpacked next to the source, nothing installed.
 //!
 //! The compiler, the linker and the C library's headers are this machine's, which has them because
 //! Rust links with them. Everything else is taken from this release's packages even where the
@@ -9,46 +8,38 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use super::KernelError;
+use super::BuildError;
 use crate::apt::Apt;
 use crate::package::{Package, PackageError};
 
-/// The packages: of each group of names, the first that the release has. Libraries follow the
-/// programs that want them; Debian 13 has renamed two.
-const PACKAGES: [&[&str]; 10] = [
-    &["make"],
-    &["xz-utils"],
-    &["flex"],
-    &["bison"],
-    &["m4"],
-    &["libsigsegv2"],
-    &["bc"],
-    &["libreadline8t64", "libreadline8"],
-    // For objtool, which the kernel builds for itself.
-    &["libelf-dev"],
-    &["libelf1t64", "libelf1"],
-];
 const COMPILER: &str = "gcc";
+
+/// Packages that a build takes: of each group of names, the first that there is. Libraries follow the
+/// programs that want them; Debian 13 has renamed some.
+pub(crate) type Tools = &'static [&'static [&'static str]];
 
 /// The unpacked tools.
 #[derive(Debug)]
-pub(super) struct BuildTools {
+pub(crate) struct BuildTools {
     root: PathBuf,
 }
 
 impl BuildTools {
-    /// The packages, as the release has them.
-    pub(super) fn packages(apt: &Apt) -> Result<Vec<Package>, KernelError> {
+    /// The packages, as a suite has them.
+    pub(crate) fn packages(
+        apt: &Apt,
+        tools: Tools,
+        suite: &str,
+    ) -> Result<Vec<Package>, PackageError> {
         let mut chosen = Vec::new();
-        for names in PACKAGES {
-            let offered = apt.versions(names, Some(apt.release()))?;
+        for names in tools {
+            let offered = apt.versions(names, Some(suite))?;
             let package = names
                 .iter()
                 .find_map(|name| offered.iter().find(|package| package.name == *name));
-            let missing = || -> PackageError {
-                let advice = "give the machine apt sources that carry the whole release, or pass \
-                              --kernel PATH";
-                apt.missing(&names.join(" or "), &offered, advice)
+            let missing = || {
+                let advice = format!("give the machine apt sources that carry all of {suite}");
+                apt.missing(&names.join(" or "), &offered, &advice)
             };
             chosen.push(package.cloned().ok_or_else(missing)?);
         }
@@ -59,10 +50,10 @@ impl BuildTools {
     ///
     /// # Errors
     /// When this machine has no compiler.
-    pub(super) fn unpacked_in(root: PathBuf) -> Result<Self, KernelError> {
+    pub(crate) fn unpacked_in(root: PathBuf) -> Result<Self, BuildError> {
         let mut compiler = Command::new(COMPILER);
         compiler.arg("--version").stdin(Stdio::null());
-        compiler.output().map_err(|source| KernelError::Compiler {
+        compiler.output().map_err(|source| BuildError::Compiler {
             tool: COMPILER,
             source,
         })?;
@@ -74,7 +65,7 @@ impl BuildTools {
     ///
     /// It is told to end when the thread that starts it does, if `setpriv` (util-linux) is there:
     /// make passes that on to what it has started.
-    pub(super) fn command(&self, program: &str) -> Command {
+    pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = match crate::qemu::setpriv() {
             Some(setpriv) => {
                 let mut command = Command::new(setpriv);
@@ -95,21 +86,8 @@ impl BuildTools {
         command
     }
 
-    /// make's variables by which the programs that the kernel builds for its own build find our
-    /// libraries.
-    pub(super) fn make_variables(&self) -> [OsString; 2] {
-        let variable = |start: &str, path: &str| {
-            let mut text = OsString::from(start);
-            text.push(self.inside(path));
-            text
-        };
-        [
-            variable("HOSTCFLAGS=-I", "usr/include"),
-            variable("HOSTLDFLAGS=-L", "usr/lib/x86_64-linux-gnu"),
-        ]
-    }
-
-    fn inside(&self, path: &str) -> PathBuf {
+    /// A path in the folder of the tools.
+    pub(crate) fn inside(&self, path: &str) -> PathBuf {
         self.root.join(path)
     }
 
