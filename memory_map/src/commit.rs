@@ -6,7 +6,9 @@
 //! lock is only taken for short steps: readers see the new layout at once, and the reach as far
 //! as it has come.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -18,7 +20,7 @@ use crate::ledger::{Entry, Failure};
 use crate::mapping::call_unmap;
 use crate::plan::{NewMapping, Unmap};
 use crate::planned::Planned;
-use crate::state::{Busy, Driver, Inner, Target, TargetIds};
+use crate::state::{Busy, Driver, Inner, Payload, Target, TargetIds};
 use crate::subscription::Wakes;
 use crate::translation::iova;
 use crate::turn::Turn;
@@ -65,6 +67,34 @@ pub(crate) struct PendingCutOff {
     pub(crate) why: Quarantine,
 }
 
+/// Those who are to be told yet. They are told even where a panic ends the commit: a quarantined
+/// target has its devices cut off only once.
+#[derive(Default)]
+pub(crate) struct CutOffs(VecDeque<PendingCutOff>);
+
+impl CutOffs {
+    /// Tells the next one, if there is one.
+    fn tell_one(&mut self) -> bool {
+        let Some(PendingCutOff {
+            cut_off,
+            target,
+            why,
+        }) = self.0.pop_front()
+        else {
+            return false;
+        };
+        cut_off.cut_off(&target, &why);
+        true
+    }
+}
+
+impl Drop for CutOffs {
+    fn drop(&mut self) {
+        // One that panics has had its say.
+        while catch_unwind(AssertUnwindSafe(|| self.tell_one())).unwrap_or(true) {}
+    }
+}
+
 /// One commit under way.
 pub(crate) struct Commit<'a, 'w> {
     pub(crate) inner: &'a Inner,
@@ -90,8 +120,11 @@ pub(crate) struct Commit<'a, 'w> {
     /// nobody else answers for them.
     pub(crate) taken_back: SmallVec<[RegionId; 4]>,
     pub(crate) report: Report,
-    pub(crate) cut_offs: Vec<PendingCutOff>,
+    /// The first panic in a target.
+    pub(crate) panicked: Option<Payload>,
     pub(crate) leftovers: Leftovers,
+    /// Dropped when the turn is over.
+    pub(crate) cut_offs: CutOffs,
 }
 
 /// What has left the map. It may hold the last of an embedder's objects, so it is dropped when
@@ -129,7 +162,8 @@ impl<'a, 'w> Commit<'a, 'w> {
             taken_back: SmallVec::new(),
             leftovers: Leftovers::default(),
             report: Report::default(),
-            cut_offs: Vec::new(),
+            panicked: None,
+            cut_offs: CutOffs::default(),
         }
     }
 
@@ -186,11 +220,14 @@ impl<'a, 'w> Commit<'a, 'w> {
     fn unmap(&mut self, id: TargetId, driver: &Driver, unmap: Unmap) -> Result<bool, ChangeError> {
         let range = iova(unmap.start, unmap.last);
         let bisects = unmap.bisects();
-        let Some(outcome) = call_unmap(driver, range) else {
-            return match self.stopped(id, range) {
-                Some(why) => self.quarantine(id, why).map(|()| false),
-                None => Ok(false),
-            };
+        let outcome = match call_unmap(driver, range) {
+            Ok(outcome) => outcome,
+            Err(no_answer) => {
+                return match self.unanswered(id, range, no_answer) {
+                    Some(why) => self.quarantine(id, why).map(|()| false),
+                    None => Ok(false),
+                };
+            }
         };
         if let Err(error) = outcome {
             let why = Quarantine::Unmap { range, error };
@@ -337,7 +374,7 @@ impl<'a, 'w> Commit<'a, 'w> {
 
     pub(crate) fn cut_off(&mut self, options: &TargetOptions, why: &Quarantine) {
         if let Some(cut_off) = options.cut_off.clone() {
-            self.cut_offs.push(PendingCutOff {
+            self.cut_offs.0.push_back(PendingCutOff {
                 cut_off,
                 target: options.name.clone(),
                 why: why.clone(),
@@ -345,22 +382,24 @@ impl<'a, 'w> Commit<'a, 'w> {
         }
     }
 
-    /// Ends the turn, and then tells everybody who is to be told.
+    /// Ends the turn, and then tells everybody who is to be told. A target's panic goes on from here.
     pub(crate) fn end(self, wakes: Wakes) -> Report {
         let Self {
             turn,
             report,
-            cut_offs,
+            mut cut_offs,
             leftovers,
             journal,
+            panicked,
             ..
         } = self;
         drop(turn);
         drop((journal, leftovers));
-        for pending in cut_offs {
-            pending.cut_off.cut_off(&pending.target, &pending.why);
-        }
+        while cut_offs.tell_one() {}
         wakes.wake();
+        if let Some(payload) = panicked {
+            resume_unwind(payload);
+        }
         report
     }
 }
@@ -382,9 +421,9 @@ impl Inner {
             backings,
             revoked,
         } = applied;
+        let mut commit = Commit::new(self, turn, class, watch);
         // A guest's commit keeps its turn, so nobody can come near its regions.
         let busy = (class == Class::Host).then(|| Busy::new(self, &touched));
-        let mut commit = Commit::new(self, turn, class, watch);
         let outcome = match commit.run(&targets, &dirty) {
             Ok(()) => {
                 commit.leftovers.layout.push(inverses.into());

@@ -99,8 +99,8 @@
 //!    way up they come after them ([`ConsumerKind`]).
 //! 6. Pages, and their host address, outlive every mapping made from them. If an unmap fails,
 //!    the target is quarantined: it is told nothing more, its devices are [cut off](CutOff), and
-//!    the pages it may still reach are kept for ever. A target that panics in a call gets no
-//!    other, and is quarantined when the next one is due.
+//!    the pages it may still reach are kept for ever. So is a target that panics in a call; the
+//!    panic goes on when the commit is done for all others.
 //! 7. A mapping counts only if its backing's [`Epoch`] was the same before and after it was
 //!    made.
 //!

@@ -3,7 +3,7 @@
 use crate::commit::Commit;
 use crate::ledger::Entry;
 use crate::plan::NewMapping;
-use crate::state::{Callee, Driver, InFlight, TakenOff};
+use crate::state::{Callee, Driver, InFlight, NoAnswer, TakenOff};
 use crate::translation::iova;
 use crate::{
     ChangeError, DmaTarget, Epoch, Errno, IovaRange, MapRequest, Quarantine, Reason, RegionId,
@@ -24,8 +24,8 @@ enum Called {
     Refused(Reason),
     /// May be there.
     Unknown(Quarantine),
-    /// The target gets no more calls.
-    Stopped,
+    /// The target gets no more calls, or has panicked in this one.
+    NoAnswer(NoAnswer),
 }
 
 /// Has a target make a mapping. Needs no lock of the map's.
@@ -34,10 +34,10 @@ fn call_map(callee: &mut Callee, request: &MapRequest) -> Called {
         let _kept = KeptOnPanic(request);
         try_to_map(target, request)
     });
-    if matches!(called, Some(Called::Unknown(_))) {
+    if matches!(called, Ok(Called::Unknown(_))) {
         callee.stop();
     }
-    called.unwrap_or(Called::Stopped)
+    called.unwrap_or_else(Called::NoAnswer)
 }
 
 /// If a target panics in a call, what it was to map may be mapped: its pages are never given back.
@@ -79,15 +79,17 @@ fn try_to_map(target: &mut dyn DmaTarget, request: &MapRequest) -> Called {
     Called::Refused(Reason::Revoked)
 }
 
-/// Has a target take mappings down; `None` if it gets no more calls. Whoever gets an error notes
-/// the quarantine.
-pub(crate) fn call_unmap(driver: &Driver, range: IovaRange) -> Option<Result<(), TargetError>> {
+/// Has a target take mappings down. Whoever gets an error, or no answer, notes the quarantine.
+pub(crate) fn call_unmap(
+    driver: &Driver,
+    range: IovaRange,
+) -> Result<Result<(), TargetError>, NoAnswer> {
     let mut callee = driver.lock();
     let outcome = callee.call(|target| target.unmap(range))?;
     if outcome.is_err() {
         callee.stop();
     }
-    Some(outcome)
+    Ok(outcome)
 }
 
 impl Commit<'_, '_> {
@@ -145,9 +147,17 @@ impl Commit<'_, '_> {
         }
     }
 
-    /// Why a target is to be quarantined that gets no more calls, unless it is: it has panicked in
-    /// one, or another thread is about to say.
-    pub(crate) fn stopped(&self, id: TargetId, range: IovaRange) -> Option<Quarantine> {
+    /// Why a target is to be quarantined that does not answer, unless it is: it has panicked, or
+    /// another thread is about to say.
+    pub(crate) fn unanswered(
+        &mut self,
+        id: TargetId,
+        range: IovaRange,
+        no_answer: NoAnswer,
+    ) -> Option<Quarantine> {
+        if let NoAnswer::Panicked(payload) = no_answer {
+            self.panicked.get_or_insert(payload);
+        }
         let quarantined = self
             .inner
             .with_target(id, |target| target.quarantined.is_some());
@@ -169,8 +179,8 @@ impl Commit<'_, '_> {
         let (epoch, why) = match called {
             // Landed when it is dropped.
             Called::Refused(reason) => return (Some(reason), None),
-            Called::Stopped => {
-                let why = self.stopped(id, request.iova);
+            Called::NoAnswer(no_answer) => {
+                let why = self.unanswered(id, request.iova, no_answer);
                 return (Some(Reason::Quarantined), why);
             }
             Called::Mapped(epoch) => (epoch, None),
@@ -198,6 +208,8 @@ impl Commit<'_, '_> {
                 cut_off = Some(target.options.clone());
             }
             if let Some(entry) = entry.take() {
+                // Somebody else may have failed to make it meanwhile.
+                drop(target.ledger.forget_failures(start, entry.last));
                 target.ledger.entries.insert(start, entry);
             }
             if let Some(in_flight) = &mut in_flight {

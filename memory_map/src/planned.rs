@@ -6,7 +6,7 @@ use crate::commit::Commit;
 use crate::layout::IdSet;
 use crate::ledger::Failure;
 use crate::plan::{Plan, plan, whole_pages};
-use crate::state::Driver;
+use crate::state::{Driver, State, Target};
 use crate::translation::{Unmappable, iova};
 use crate::{ChangeError, IovaRange, Reason, RegionId, RegionKind, TargetId};
 
@@ -26,6 +26,7 @@ impl Commit<'_, '_> {
         let mut plans: SmallVec<[Planned; 1]> = SmallVec::new();
         let mut state = self.inner.landed(targets, dirty);
         let state = &mut *state;
+        let mut left_to_others = Vec::new();
         for &id in targets {
             let Some(target) = state.targets.get_mut(&id) else {
                 continue;
@@ -47,10 +48,12 @@ impl Commit<'_, '_> {
                         reason: piece.reason.clone(),
                     });
                 }
-                if !known
-                    && !target.joining
-                    && !is_awaited(&state.busy, &self.taken_back, piece.region)
-                {
+                if known {
+                    continue;
+                }
+                if target.joining || is_awaited(&state.busy, &self.taken_back, piece.region) {
+                    left_to_others.push((id, piece.start));
+                } else {
                     let missing = (id, range, piece.reason.clone());
                     self.report.ram_missing.push(missing);
                 }
@@ -79,11 +82,36 @@ impl Commit<'_, '_> {
             }
             for piece in plan.unmappable.iter().filter(|piece| is_missing(piece)) {
                 let (start, last) = (piece.start, piece.last);
+                // Whoever is at it has to see that it is not known yet.
+                if left_to_others.contains(&(*id, start)) {
+                    continue;
+                }
                 target.ledger.fail(start, failure_of(piece));
                 self.failed.push((*id, start, last));
             }
         }
         Ok(plans)
+    }
+
+    /// Whether RAM that nobody has told of cannot be mapped in a target as it now is: a commit that
+    /// may be refused is refused for it, as it would have been from the start.
+    pub(crate) fn still_mappable(
+        &self,
+        state: &State,
+        target: &Target,
+        plan: &Plan,
+    ) -> Result<(), ChangeError> {
+        let mut missing = plan.unmappable.iter().filter(|piece| is_missing(piece));
+        let untold = missing.find(|piece| !target.ledger.is_known(piece.start, &failure_of(piece)));
+        match untold {
+            Some(piece) if self.class.may_be_refused() => Err(ChangeError::Refused {
+                target: target.options.name.clone(),
+                range: iova(piece.start, piece.last),
+                region: state.layout.region(piece.region)?.name.clone(),
+                reason: piece.reason.clone(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Notes that RAM is missing in a target. A target that is still joining, and RAM that is

@@ -78,16 +78,16 @@ impl fmt::Display for Reason {
             Self::Trapped => f.write_str("trapped by design: no pages behind it"),
             Self::OutsideAperture { last } => write!(
                 f,
-                "outside the IOMMU's aperture, which ends at {last:#x}: place it lower"
+                "outside the aperture, which ends at {last:#x}: place it lower"
             ),
             Self::ReservedWindow { window } => {
                 write!(f, "in the reserved window {window}: place it elsewhere")
             }
             Self::SmallerThanPage { page } => {
-                write!(f, "smaller than the IOMMU's page of {page:#x} bytes")
+                write!(f, "smaller than a page of {page:#x} bytes")
             }
             Self::NotPageAligned { page } => {
-                write!(f, "not aligned to the IOMMU's page of {page:#x} bytes")
+                write!(f, "not aligned to a page of {page:#x} bytes")
             }
             Self::NoHostAddress(errno) => write!(f, "it has no host address: {errno}"),
             Self::NoDmaBufExport(why) => write!(f, "the device exports no dma-buf for it: {why}"),

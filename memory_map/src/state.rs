@@ -14,8 +14,10 @@
 //! which something is in flight, and nobody changes a region that belongs to an unfinished
 //! host's commit (it is *busy*): they wait.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -42,6 +44,17 @@ pub(crate) struct Callee {
     stopped: bool,
 }
 
+/// What a panic carries.
+pub(crate) type Payload = Box<dyn Any + Send>;
+
+/// Why a call to a target came to nothing.
+pub(crate) enum NoAnswer {
+    /// It gets no more calls.
+    Stopped,
+    /// It has panicked in this one.
+    Panicked(Payload),
+}
+
 /// How a target is called.
 pub(crate) type Driver = Arc<Mutex<Callee>>;
 
@@ -53,15 +66,18 @@ impl Callee {
         }))
     }
 
-    /// Calls the target, unless it is to get no more calls. One that panics gets none either.
-    pub(crate) fn call<T>(&mut self, act: impl FnOnce(&mut dyn DmaTarget) -> T) -> Option<T> {
+    /// Calls the target, unless it is to get no more calls. One that panics gets none either; whoever
+    /// called lets the panic go on when the other targets have been told what they have to be.
+    pub(crate) fn call<T>(
+        &mut self,
+        act: impl FnOnce(&mut dyn DmaTarget) -> T,
+    ) -> Result<T, NoAnswer> {
         if self.stopped {
-            return None;
+            return Err(NoAnswer::Stopped);
         }
-        self.stopped = true;
-        let outcome = act(&mut *self.target);
-        self.stopped = false;
-        Some(outcome)
+        let outcome = catch_unwind(AssertUnwindSafe(|| act(&mut *self.target)));
+        self.stopped = outcome.is_err();
+        outcome.map_err(NoAnswer::Panicked)
     }
 
     /// The target, for those who ask it and for those who end it.

@@ -35,13 +35,17 @@ impl Commit<'_, '_> {
         let quarantined = std::mem::take(&mut self.report).quarantined;
         let missing_before = Missing::of(&self.forgotten);
         let journal = std::mem::take(&mut self.journal);
-        for (id, start, last) in std::mem::take(&mut self.failed) {
+        let failed = std::mem::take(&mut self.failed);
+        for (id, start, last) in &failed {
             self.inner
-                .with_ledger(id, |ledger| drop(ledger.forget_failures(start, last)));
+                .with_ledger(*id, |ledger| drop(ledger.forget_failures(*start, *last)));
         }
         if self.interrupted {
+            // What remained of a mapping that was cut may have failed, outside of what changed.
+            let mut dirty = dirty.to_vec();
+            dirty.extend(failed.iter().map(|(_, start, last)| (*start, *last)));
             // In this class it records what fails and does not end.
-            let _recorded = self.run(targets, dirty);
+            let _recorded = self.run(targets, &dirty);
         } else {
             self.undo_steps(journal.into_iter());
         }
@@ -141,21 +145,20 @@ impl Commit<'_, '_> {
             return;
         };
         let range = iova(start, last);
-        let Some(outcome) = call_unmap(&driver, range) else {
-            if let Some(why) = self.stopped(id, range) {
-                self.note_quarantine(id, &why);
+        match call_unmap(&driver, range) {
+            Err(no_answer) => {
+                if let Some(why) = self.unanswered(id, range, no_answer) {
+                    self.note_quarantine(id, &why);
+                }
             }
-            return;
-        };
-        match outcome {
-            Ok(()) => {
+            Ok(Ok(())) => {
                 let gone = self.inner.with_ledger(id, |ledger| {
                     let remove = |at| ledger.entries.remove(at);
                     run.into_iter().filter_map(remove).collect::<Vec<_>>()
                 });
                 self.leftovers.entries.extend(gone.unwrap_or_default());
             }
-            Err(error) => {
+            Ok(Err(error)) => {
                 self.note_quarantine(id, &Quarantine::Unmap { range, error });
             }
         }

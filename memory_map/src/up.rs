@@ -106,13 +106,13 @@ impl Commit<'_, '_> {
         dirty: &[(u64, u64)],
     ) -> Result<bool, ChangeError> {
         let mut interrupted = false;
-        let mut later = self.remaining(targets, dirty);
+        let mut later = self.remaining(targets, dirty)?;
         while let Some((target, driver, new)) = later.next() {
             self.watched()?;
             self.map(target, driver, new, self.class.may_be_refused())?;
             interrupted = self.was_interrupted();
             if interrupted && !later.is_empty() {
-                later = self.remaining(targets, dirty);
+                later = self.remaining(targets, dirty)?;
             }
         }
         Ok(interrupted)
@@ -132,7 +132,10 @@ impl Commit<'_, '_> {
 
     /// What is still to be mapped: somebody else may have mapped some of it,
     /// or covered it. BARs that were refused already are not tried again.
-    fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Later {
+    ///
+    /// # Errors
+    /// Where RAM cannot be mapped any more as the map now is, and nobody has told.
+    fn remaining(&self, targets: &[TargetId], dirty: &[(u64, u64)]) -> Result<Later, ChangeError> {
         let state = self.inner.landed(targets, dirty);
         let mut later = Later::default();
         for &id in targets {
@@ -144,6 +147,7 @@ impl Commit<'_, '_> {
             }
             let dirty = whole_pages(dirty, target.limits.page_size);
             let plan = plan(&state.layout, &target.viewer(), &target.ledger, &dirty);
+            self.still_mappable(&state, target, &plan)?;
             let refused = |new: &NewMapping| {
                 new.kind == RegionKind::DeviceMemory
                     && target.ledger.failure_at(new.start).is_some()
@@ -151,6 +155,6 @@ impl Commit<'_, '_> {
             let up = plan.up.into_iter().filter(|new| !refused(new)).collect();
             later.push(id, target.driver.clone(), up);
         }
-        later
+        Ok(later)
     }
 }

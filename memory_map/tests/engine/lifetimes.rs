@@ -9,7 +9,7 @@ use crate::page_table::{Fault, PAGE, PageTable, limits};
 use memory_map::{
     Backing, BackingObject, ChangeError, CutOff, DisabledBecause, DmaTarget, Errno, HostMapping,
     InvalidChange, IovaRange, MapRequest, Quarantine, Reach, Reason, RegionKind, RegionManager,
-    RegionSpec, TargetError, TargetLimits, TargetName, TargetOptions,
+    RegionSpec, TargetError, TargetHandle, TargetLimits, TargetName, TargetOptions,
 };
 use parking_lot::Mutex;
 
@@ -323,4 +323,68 @@ fn pages_put_behind_a_region_may_read_the_map_when_asked_for_their_size() {
         let pages = owned(&f, 0, read, nothing).0.sub_mappings.remove(0);
         f.host(|change| change.set_sub_mapping(ram, pages)).unwrap();
     });
+}
+
+/// Counts how often devices are cut off.
+#[derive(Debug, Clone, Default)]
+struct Counter(Arc<AtomicUsize>);
+
+impl CutOff for Counter {
+    fn cut_off(&self, _: &TargetName, _: &Quarantine) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn register_counted(f: &Fixture, target: Box<dyn DmaTarget>) -> (TargetHandle, Counter) {
+    let counter = Counter::default();
+    let mut options = TargetOptions::new("counted");
+    options.cut_off = Some(Arc::new(counter.clone()));
+    (f.map.register(target, options).unwrap(), counter)
+}
+
+#[test]
+fn a_panic_in_a_target_keeps_nobody_else_from_being_told() {
+    let f = fixture();
+    let (panics, counter) = register_counted(&f, Box::new(Panicking));
+    let (other, _handle) = f.target(limits());
+    let bar = f.bar(0x1000, 1);
+    assert!(other.translate(0x1000).is_some());
+    let change = AssertUnwindSafe(|| f.guest(|change| change.disable(bar, DisabledBecause::Owner)));
+    assert!(catch_unwind(change).is_err());
+    assert_eq!(other.translate(0x1000), None);
+    assert!(f.map.quarantine_of(panics.id()).unwrap().is_some());
+    assert_eq!(counter.0.load(Ordering::SeqCst), 1);
+    // It would panic once more.
+    std::mem::forget(panics);
+}
+
+#[test]
+fn devices_are_cut_off_though_a_panic_ends_the_change() {
+    #[derive(Debug)]
+    struct Treacherous;
+    impl BackingObject for Treacherous {
+        fn size(&self) -> u64 {
+            PAGE
+        }
+        fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno> {
+            panic!("a backing's own mistake")
+        }
+    }
+    let f = fixture();
+    let table = PageTable::new(limits());
+    let (_handle, counter) = register_counted(&f, table.boxed());
+    let (_other, _other_handle) = f.target(limits());
+    let bar = f.bar(0x1000, 1);
+    let mut treacherous = f.spec(RegionKind::DeviceMemory, 0x9000, 1);
+    treacherous.sub_mappings[0].backing = Backing::new(Treacherous);
+    let treacherous = f.add_disabled(treacherous);
+    table.fail_in(0, Fault::Refused);
+    let change = AssertUnwindSafe(|| {
+        f.guest(|change| {
+            change.disable(bar, DisabledBecause::Owner);
+            change.enable(treacherous);
+        })
+    });
+    assert!(catch_unwind(change).is_err());
+    assert_eq!(counter.0.load(Ordering::SeqCst), 1);
 }

@@ -14,8 +14,8 @@ use crate::fixture::{allow, at_most, fixture};
 use crate::page_table::{PageTable, limits};
 use memory_map::{
     Backing, ChangeError, CutOff, DisabledBecause, DmaTarget, Errno, Gpa, IovaRange, MapRequest,
-    Priority, Quarantine, Reach, Reason, RegionKind, TargetError, TargetLimits, TargetName,
-    TargetOptions,
+    Priority, Quarantine, Reach, Reason, RegionKind, RegionSpec, TargetError, TargetLimits,
+    TargetName, TargetOptions,
 };
 
 /// How a call is to end: done, or failed.
@@ -345,6 +345,160 @@ fn ram_missing_in_a_target_that_joined_meanwhile_is_somebodys_to_tell() {
     );
 }
 
+/// All but the page at 0x2000.
+fn with_a_hole() -> TargetLimits {
+    allow(&[(0, 0x1fff), (0x3000, 0xffff_ffff)])
+}
+
+#[test]
+fn ram_that_is_uncovered_where_a_target_cannot_hold_it_is_told_by_whoever_adds_it() {
+    let f = fixture();
+    let (gate, target) = gated(with_a_hole());
+    let _handle = f.register(target);
+    let cover = f.add(f.trap(0x2000)).unwrap();
+    let host = {
+        let f = f.clone();
+        spawn(move || f.add(f.spec(RegionKind::Ram, 0, 4)))
+    };
+    let (_, go) = gate.next();
+    let report = f.guest(|change| change.disable(cover, DisabledBecause::Owner));
+    assert!(report.ram_missing.is_empty(), "it is not counted on yet");
+    gate.open(true);
+    go.send(None).unwrap();
+    let error = host.join().unwrap().unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ChangeError::Refused {
+                reason: Reason::ReservedWindow { .. },
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(gate.table.translate(0), None, "it is undone");
+}
+
+#[test]
+fn ram_that_is_uncovered_where_a_joining_target_cannot_hold_it_keeps_it_out() {
+    let f = fixture();
+    f.ram(0, 4);
+    let cover = f.add(f.trap(0x2000)).unwrap();
+    let (gate, target) = gated(with_a_hole());
+    let joins = {
+        let f = f.clone();
+        spawn(move || f.map.register(target, TargetOptions::new("joining")))
+    };
+    let (_, go) = gate.next();
+    f.guest(|change| change.disable(cover, DisabledBecause::Owner));
+    gate.open(true);
+    go.send(None).unwrap();
+    let error = joins.join().unwrap().unwrap_err();
+    assert!(error.to_string().contains("reserved window"), "{error}");
+    assert_eq!(gate.table.translate(0), None, "it holds nothing");
+}
+
+#[test]
+fn an_interrupted_undo_maps_what_remained_of_a_bar_that_was_cut() {
+    let f = fixture();
+    let bar = f.bar(0x10_0000, 3);
+    let (first, target) = gated(limits());
+    first.open(true);
+    let first_handle = f.register(target);
+    let (second, target) = gated(limits());
+    second.open(true);
+    let second_handle = f.register(target);
+    let other = f.add_disabled(f.trap(0x20_0000));
+    first.open(false);
+    second.open(false);
+    let answer = |gate: &Gate, at, answer| {
+        let (start, go) = gate.next();
+        assert_eq!(start, at);
+        go.send(answer).unwrap();
+    };
+    let host = {
+        let f = f.clone();
+        spawn(move || {
+            f.add(RegionSpec {
+                priority: Priority(1),
+                ..f.spec(RegionKind::Ram, 0x10_1000, 1)
+            })
+        })
+    };
+    answer(&first, 0x10_0000, None);
+    answer(&first, 0x10_2000, refused());
+    answer(&second, 0x10_0000, None);
+    answer(&second, 0x10_2000, None);
+    let (at, go) = second.next();
+    assert_eq!(at, 0x10_1000);
+    f.guest(|change| change.enable(other));
+    go.send(None).unwrap();
+    let (at, go) = first.next();
+    assert_eq!(at, 0x10_1000);
+    first.open(true);
+    second.open(true);
+    go.send(refused()).unwrap();
+    let error = host.join().unwrap().unwrap_err();
+    assert!(matches!(error, ChangeError::Refused { .. }), "{error}");
+    assert_eq!(f.reach(&first_handle, bar), Reach::Mapped);
+    assert_eq!(f.reach(&second_handle, bar), Reach::Mapped);
+}
+
+#[test]
+fn ram_that_was_missing_for_a_moment_is_missed_when_it_is_lost() {
+    let f = fixture();
+    let (gate, target) = gated(at_most(1));
+    let _handle = f.register(target);
+    let cover = f.add(f.trap(0x1000)).unwrap();
+    let host = {
+        let f = f.clone();
+        spawn(move || f.add(f.spec(RegionKind::Ram, 0, 2)))
+    };
+    let (_, first) = gate.next();
+    let guest = {
+        let f = f.clone();
+        spawn(move || f.guest(|change| change.disable(cover, DisabledBecause::Owner)))
+    };
+    // The guest has its turn then, and waits for the target.
+    while f
+        .map
+        .lookup(Gpa::new(0x1000))
+        .is_some_and(|seen| seen.region == cover)
+    {
+        sleep(Duration::from_millis(1));
+    }
+    first.send(None).unwrap();
+    let (at, go) = gate.next();
+    assert_eq!(at, 0x1000);
+    go.send(refused()).unwrap();
+    assert!(guest.join().unwrap().ram_missing.is_empty());
+    let (at, go) = gate.next();
+    assert_eq!(at, 0x1000, "whoever adds it tries again");
+    go.send(None).unwrap();
+    host.join().unwrap().unwrap();
+
+    let host = {
+        let f = f.clone();
+        spawn(move || {
+            f.host(|change| {
+                change.enable(cover);
+                let ram = change.add(f.spec(RegionKind::Ram, 0x10_0000, 1));
+                change.enable(ram);
+            })
+        })
+    };
+    for at in [0x10_0000, 0x1000] {
+        let (start, go) = gate.next();
+        assert_eq!(start, at);
+        go.send(refused()).unwrap();
+    }
+    let error = host.join().unwrap().unwrap_err();
+    assert!(
+        matches!(error, ChangeError::UndoIncomplete { .. }),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_target_that_panics_in_a_map_gets_no_more_calls_and_keeps_the_pages() {
     let f = fixture();
@@ -356,14 +510,11 @@ fn a_target_that_panics_in_a_map_gets_no_more_calls_and_keeps_the_pages() {
         spawn(move || f.add(f.spec(RegionKind::Ram, 0x1000, 1))).join()
     };
     assert!(panicked.is_err());
+    assert!(f.map.quarantine_of(handle.id()).unwrap().is_some());
+    assert_eq!(f.map.lookup(Gpa::new(0x1000)), None, "it was refused");
     table.0.lock().during_map = None;
     table.take_calls();
-    let next = f.add(f.spec(RegionKind::Ram, 0x20_0000, 1));
-    assert!(
-        matches!(next, Err(ChangeError::Quarantined { .. })),
-        "{next:?}"
-    );
-    assert!(f.map.quarantine_of(handle.id()).unwrap().is_some());
+    f.ram(0x20_0000, 1);
     assert_eq!(table.take_calls(), []);
     assert_eq!(f.addresses_held(), 1, "it may be mapped");
 }
