@@ -56,8 +56,9 @@
 //! A function that is given an [`MsiController`] has MSI and MSI-X: config space, the table and the
 //! pending bits are emulated, also where the rest of their page is the device's, and each vector
 //! that the guest unmasks is connected, from the host's eventfd to a [`MsiVector`]. Changes are
-//! applied one by one: nothing is asked of the host or the controller that did not change. A masked
-//! vector keeps its signals, shows them in its pending bit, and delivers them when it is unmasked.
+//! applied one by one: nothing is asked of the host or the controller that did not change. A vector
+//! that is masked again keeps its signals, shows them in its pending bit, and delivers them when it
+//! is unmasked; what a device signals before the guest first unmasks the vector is lost.
 //! A reset of any kind, a wake-up that is as one, and the removal of the function end all of them.
 //! Without a controller both capabilities are hidden, and the table is the host's.
 //!

@@ -5,7 +5,8 @@
 //! what the guest wants of it by itself ([`Vectors::apply`]), and nothing is asked for twice:
 //!
 //! - it is connected when the guest first unmasks it: first its route, then the host's side, so
-//!   that the first signal has somewhere to go. It then stays connected to the host;
+//!   that the first signal has somewhere to go. It then stays connected to the host. What the
+//!   device signals before that goes nowhere;
 //! - masked, it keeps its signals, and the host's side is not touched;
 //! - what is refused is tried again when the guest next writes something that concerns it.
 //!

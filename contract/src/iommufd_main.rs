@@ -23,6 +23,10 @@ struct Arguments {
     /// config space, and put to sleep: QEMU's nvme with cmb_size_mb=16, behind a pcie-root-port.
     #[arg(long)]
     resets: bool,
+    /// Without a look at which IOMMU groups the functions are in: they move from one address space to
+    /// another in two steps then.
+    #[arg(long)]
+    unknown_groups: bool,
     /// One JSON object instead of lines.
     #[arg(long)]
     json: bool,
@@ -43,7 +47,10 @@ fn main() -> anyhow::Result<ExitCode> {
         "no case has {:?} in its name",
         arguments.filter
     );
-    let host = RealHost::new(arguments.engine, arguments.memory);
+    let mut host = RealHost::new(arguments.engine, arguments.memory);
+    if arguments.unknown_groups {
+        host = host.without_groups();
+    }
     let status = report(arguments.json, |tell| run(&host, &chosen, tell))?;
     Ok(status)
 }

@@ -159,14 +159,16 @@ impl Device {
     /// one has pinned. What the device does meanwhile is blocked for as long as the IOMMU's driver
     /// takes to change an entry of its table, which Intel's and AMD's first clear; it is never
     /// translated by half of each. Should it fail, the device is where it was. One of which it is
-    /// not known [in which group](crate::Cdev::in_group) it is, is detached first.
+    /// not known [in which group](crate::Cdev::in_group) it is, is detached first, and attached again
+    /// where it was should it fail; [`ioas`](Self::ioas) tells where it is if the kernel refuses
+    /// that as well.
     ///
     /// # Errors
     /// [`CdevError::Attach`]: `EADDRINUSE` where something is mapped, or promised to be allowed,
     /// where the device reserves addresses; `EINVAL` where another device of its group is
     /// attached to another address space; `ENOMEM` where what is mapped cannot be pinned.
     /// [`CdevError::GroupWouldMove`] where it is not the only one of its group that would leave an
-    /// address space. [`CdevError::OtherIommufd`]. Nothing has changed then.
+    /// address space. [`CdevError::OtherIommufd`]. Nothing has changed then, see above.
     pub fn attach(&self, ioas: Arc<Ioas>) -> Result<(), CdevError> {
         self.attach_or_move(ioas, Along::Nobody)
     }
@@ -198,9 +200,25 @@ impl Device {
         let mut attached = binding.group.now.lock();
         match attached.of(binding.id) {
             Some(now) if Arc::ptr_eq(now, &ioas) => return Ok(()),
-            Some(_) if !binding.group.known => {
+            Some(now) if !binding.group.known => {
+                let now = now.clone();
                 device_ioctls::detach_iommufd_pt(self.as_fd()).map_err(refused)?;
                 attached.remove(binding.id);
+                let attach = |to: &Ioas| {
+                    device_ioctls::attach_iommufd_pt(self.as_fd(), to.id().raw()).map(drop)
+                };
+                let moved = attach(&ioas);
+                let is_at = match &moved {
+                    Ok(()) => Some(ioas),
+                    Err(_) => attach(&now).is_ok().then(|| now.clone()),
+                };
+                if let Some(is_at) = is_at {
+                    attached.members.insert(binding.id, binding.name.clone());
+                    attached.ioas = Some(is_at);
+                }
+                drop(attached);
+                drop(now);
+                return moved.map_err(refused);
             }
             Some(_) if along == Along::Nobody => {
                 let others = attached.others(binding.id);

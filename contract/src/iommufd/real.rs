@@ -19,7 +19,7 @@ use dma_engine::{DmaEngine, find_engine};
 use host_memory::{DeviceBar, Ram};
 use iommu::IoAddressSpace;
 use memory_map::{Access, Backing, BackingObject, HostMapping, HostVa, IovaRange};
-use vfio_sys::{Bdf, CdevError, Ioas, Iommufd, Sysfs};
+use vfio_sys::{Bdf, Cdev, CdevError, Ioas, Iommufd, Sysfs};
 
 use super::{Bench, Function, IommufdHost};
 use crate::Window;
@@ -36,6 +36,7 @@ const ANONYMOUS_SIZE: u64 = 8 * PAGE;
 pub struct RealHost {
     engine: Bdf,
     memory: Bdf,
+    groups_known: bool,
 }
 
 impl RealHost {
@@ -43,18 +44,40 @@ impl RealHost {
     /// which has a memory BAR of at least 64 KiB that can be mapped. Nothing is opened yet.
     #[must_use]
     pub const fn new(engine: Bdf, memory: Bdf) -> Self {
-        Self { engine, memory }
+        Self {
+            engine,
+            memory,
+            groups_known: true,
+        }
     }
-}
 
-fn open(sysfs: &Sysfs, iommufd: &Arc<Iommufd>, bdf: Bdf) -> io::Result<Arc<VfioFunction>> {
-    let cdev = sysfs.open_cdev(bdf).map_err(|error| told(&error))?;
-    let device = cdev
-        .bind(Arc::clone(iommufd))
-        .map_err(|error| told(&error))?;
-    let function = VfioFunction::new(bdf.to_string(), device).map_err(|error| told(&error))?;
-    set_command(&function, MEMORY | MASTER)?;
-    Ok(Arc::new(function))
+    /// Does not look in which IOMMU groups the functions are, as one does not who got them from
+    /// somebody else.
+    #[must_use]
+    pub const fn without_groups(mut self) -> Self {
+        self.groups_known = false;
+        self
+    }
+
+    fn open(
+        &self,
+        sysfs: &Sysfs,
+        iommufd: &Arc<Iommufd>,
+        bdf: Bdf,
+    ) -> io::Result<Arc<VfioFunction>> {
+        let cdev = if self.groups_known {
+            sysfs.open_cdev(bdf)
+        } else {
+            let path = sysfs.cdev_path(bdf);
+            path.and_then(|path| Cdev::open(&path, bdf.to_string()))
+        };
+        let device = cdev
+            .and_then(|cdev| cdev.bind(Arc::clone(iommufd)))
+            .map_err(|error| told(&error))?;
+        let function = VfioFunction::new(bdf.to_string(), device).map_err(|error| told(&error))?;
+        set_command(&function, MEMORY | MASTER)?;
+        Ok(Arc::new(function))
+    }
 }
 
 /// The kernel's own errno, which the contract is about.
@@ -73,8 +96,8 @@ impl IommufdHost for RealHost {
         let iommufd = Arc::new(sysfs.open_iommufd().map_err(|error| told(&error))?);
         iommufd.check_map_file().map_err(|error| told(&error))?;
         let ioas = Arc::new(Ioas::alloc(Arc::clone(&iommufd))?);
-        let engine_function = open(&sysfs, &iommufd, self.engine)?;
-        let memory = open(&sysfs, &iommufd, self.memory)?;
+        let engine_function = self.open(&sysfs, &iommufd, self.engine)?;
+        let memory = self.open(&sysfs, &iommufd, self.memory)?;
         for function in [&engine_function, &memory] {
             with_errno(function.device().attach(Arc::clone(&ioas)))?;
         }

@@ -12,6 +12,7 @@ pub static SCENARIOS: &[Scenario] = shared_scenarios![
     on IOMMUFD_KERNEL;
     EDU_AND_IVSHMEM:
         kernel_keeps_the_iommufd_contract,
+        device_of_a_group_that_is_not_known_stays_where_it_was_too,
         what_cannot_be_tried_breaks_the_iommufd_contract,
         events_take_the_fewest_calls_on_the_kernel_too,
         container_and_iommufd_beside_each_other_reach_each_others_bars;
@@ -31,6 +32,17 @@ const FEWEST: usize = 118;
 fn kernel_keeps_the_iommufd_contract(bench: &mut Bench) -> Result<(), ScenarioError> {
     let before = Footprint::take(bench)?;
     kept(bench, &["iommufd-contract", "--json", EDU, IVSHMEM], FEWEST)?;
+    before.ensure_same(bench)
+}
+
+/// It is detached before it moves, and has to be attached again.
+fn device_of_a_group_that_is_not_known_stays_where_it_was_too(
+    bench: &mut Bench,
+) -> Result<(), ScenarioError> {
+    let before = Footprint::take(bench)?;
+    let argv = ["iommufd-contract", "--json", "--unknown-groups"];
+    let filtered = ["--filter=a_device_", EDU, IVSHMEM];
+    kept(bench, &[&argv[..], &filtered].concat(), 4)?;
     before.ensure_same(bench)
 }
 

@@ -94,16 +94,13 @@ impl Ways for Host<'_> {
     type Opened = Opened;
 
     fn type1(&mut self) -> Result<Opened> {
-        type1::open(self)
+        let opened = type1::open(self);
+        self.forgotten_if_failed(opened)
     }
 
     fn iommufd(&mut self, every_bar: bool) -> Result<Opened> {
         let opened = iommufd::open(self, every_bar);
-        // The other way is not to be had while somebody keeps what was opened this way.
-        if let (Err(_), Some(announce)) = (&opened, self.announce) {
-            announce.forget_all()?;
-        }
-        opened
+        self.forgotten_if_failed(opened)
     }
 
     fn wants_bars(&self) -> bool {
@@ -112,6 +109,14 @@ impl Ways for Host<'_> {
 }
 
 impl Host<'_> {
+    /// The other way is not to be had while somebody keeps what was opened this way.
+    fn forgotten_if_failed(&self, opened: Result<Opened>) -> Result<Opened> {
+        if let (Err(_), Some(announce)) = (&opened, self.announce) {
+            announce.forget_all()?;
+        }
+        opened
+    }
+
     /// The functions by what they may see, and where each is in that. Functions of one IOMMU group
     /// are together.
     fn by_filter(&self) -> (Vec<(Filter, Vec<Bdf>)>, Vec<usize>) {
@@ -177,4 +182,44 @@ fn bypasses(sysfs: &Sysfs, functions: &[Bdf]) -> Result<Bypasses> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Forgetful {
+        forgotten: Cell<usize>,
+    }
+
+    impl Announce for Forgetful {
+        fn add(&self, _: &[Bdf], _: BorrowedFd<'_>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn forget_all(&self) -> io::Result<()> {
+            self.forgotten.set(self.forgotten.get() + 1);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn nothing_stays_announced_of_a_way_that_is_not_to_be_had() {
+        let nowhere: Bdf = "ffff:ff:1f.7".parse().unwrap();
+        let sysfs = Sysfs::default();
+        let announce = Forgetful::default();
+        let mut host = Host {
+            sysfs: &sysfs,
+            functions: &[nowhere],
+            policy: &Policy::new(&[], &[nowhere]).unwrap(),
+            announce: Some(&announce),
+        };
+        assert!(host.type1().is_err());
+        assert_eq!(announce.forgotten.get(), 1);
+        assert!(host.iommufd(true).is_err());
+        assert_eq!(announce.forgotten.get(), 2);
+    }
 }

@@ -159,11 +159,13 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         }
     }
     let console = Outlet::new(io::stdout())?;
-    let notices = {
+    let new_notices = || {
         let said = said.clone();
         Arc::new(Notices::new(move |line| said.say(line)))
     };
-    let watch = assembly.watch(&notices)?;
+    // Of its own, so that a guest that puts many BARs out of reach does not use up the others'.
+    let watch = assembly.watch(&new_notices())?;
+    let notices = new_notices();
     let roster = assembly.roster()?;
     let Powered {
         mut machine,

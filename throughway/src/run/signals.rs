@@ -11,6 +11,7 @@ use signal_hook::iterator::Signals;
 
 use super::outlet::Outlet;
 use super::snapshot::Roster;
+use super::terminal;
 
 /// How long a guest has to turn itself off.
 const GRACE: Duration = Duration::from_secs(30);
@@ -37,6 +38,7 @@ pub fn press_for(controls: Controls) -> Result<()> {
             controls.end();
             // Whoever insists is not kept waiting. The kernel resets what is given back to it.
             if signals.forever().next().is_some() {
+                terminal::give_back();
                 std::process::exit(i32::from(GIVEN_UP));
             }
         })

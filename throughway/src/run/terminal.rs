@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::AsFd;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -14,10 +15,11 @@ const ESCAPE: u8 = 0x01;
 const QUIT: [u8; 2] = [b'x', b'X'];
 const LITERAL: u8 = b'a';
 
+/// How the terminal was set before it was taken over.
+static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+
 /// A terminal that hands every key over at once. Dropping it makes it what it was.
-pub struct RawTerminal {
-    before: Termios,
-}
+pub struct RawTerminal(());
 
 impl RawTerminal {
     /// Takes standard input over, if it is a terminal.
@@ -29,15 +31,25 @@ impl RawTerminal {
         let before = tcgetattr(&input).context("asking how the terminal is set")?;
         let mut raw = before.clone();
         raw.make_raw();
+        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        let taken = Self(());
         tcsetattr(&input, OptionalActions::Now, &raw).context("setting the terminal")?;
-        Ok(Some(Self { before }))
+        Ok(Some(taken))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
+        give_back();
+    }
+}
+
+/// Makes the terminal what it was, if it has been taken over.
+pub fn give_back() {
+    let before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(before) = before {
         // There is nobody left to tell.
-        let _unchanged = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
+        let _unchanged = tcsetattr(io::stdin(), OptionalActions::Now, &before);
     }
 }
 
