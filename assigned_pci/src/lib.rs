@@ -42,6 +42,10 @@
 //! | [`AssignedFunction::remove`] | the regions are gone | turn bus mastering off, for good | it never comes back |
 //! | a BAR written in halves, or sized, with decoding on | `HalfWritten`, `Sizing` | nothing: BARs are emulated | it comes when it is whole |
 //!
+//! [`AssignedFunction::stop_mastering`] is no such event: it writes the command register as it is, but
+//! for bus mastering. It goes before the end of several functions, so that no peer writes into a BAR
+//! that has just left the map.
+//!
 //! vfio-pci hides resets from its user: it saves config space before and restores it afterwards,
 //! the command register with it. The guest, which expects a reset, is shown one, and the physical
 //! command register is made to say what the guest reads.

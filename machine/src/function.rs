@@ -102,7 +102,14 @@ impl GuestFunction {
         Some((found.bar, found.offset))
     }
 
-    /// Makes it quiet: no DMA, no interrupts.
+    /// Has it start no DMA any more, and leaves its BARs where they are.
+    pub(crate) fn stop_mastering(&self) {
+        if let Some(function) = self.function() {
+            self.note(&function.stop_mastering());
+        }
+    }
+
+    /// Makes it quiet: no DMA, no interrupts, no BARs.
     pub(crate) fn quiesce(&self) {
         if let Some(function) = self.function() {
             self.note(&function.quiesce());

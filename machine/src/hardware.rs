@@ -166,10 +166,15 @@ impl Hardware {
         &self.places
     }
 
-    /// Makes everything what it was at power-on, the functions first: bus mastering off, then
-    /// reset, so that nothing writes to RAM any more. RAM keeps what is in it. No processor may run.
+    /// Makes everything what it was at power-on, the functions first: bus mastering off, of all of
+    /// them before a BAR of one leaves the map, then reset, so that nothing writes to RAM any more.
+    /// RAM keeps what is in it. No processor may run.
     pub fn reset(&self) {
-        // A function that is being reset could be written to by one that is not quiet yet.
+        // A function whose BARs leave the map could be written to by one that still masters the bus,
+        // and one that is being reset by one that is not quiet yet.
+        for function in &self.functions {
+            function.stop_mastering();
+        }
         for function in &self.functions {
             function.quiesce();
         }
