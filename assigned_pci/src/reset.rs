@@ -180,6 +180,35 @@ impl AssignedFunction {
         outcome
     }
 
+    /// Takes the BARs out of the map if nothing answers at them: the command register reads as not
+    /// decoding, as all ones, or not at all. For the guest decoding is off then, and comes back as
+    /// ever, when the guest turns it on. None if no BAR is shown, if they answer, or if that cannot be
+    /// told, as of a virtual function.
+    ///
+    /// It is judged and done under the function's lock, so that nothing the guest writes comes between.
+    #[must_use = "what it did to the map should not be lost"]
+    pub fn hide_if_dead(&self) -> Option<Outcome> {
+        let mut state = self.lock();
+        let shows = state.bars.iter().any(|assigned| assigned.info().enabled);
+        if state.removed || !shows || self.host.is_virtual() {
+            return None;
+        }
+        let mut command = [0; 2];
+        let mut outcome = Outcome::default();
+        match self.host.config_read(COMMAND, &mut command) {
+            Ok(()) if command == [0xff; 2] => {}
+            Ok(()) if Command::new(u16::from_le_bytes(command)).decodes_memory() => return None,
+            Ok(()) => {}
+            Err(error) => {
+                let error = HostError::new(HostCall::ConfigRead(COMMAND), &error);
+                outcome.host_errors.push(error);
+            }
+        }
+        state.decoding = false;
+        self.sync(&mut state, true, &mut outcome);
+        Some(outcome)
+    }
+
     /// Takes over from the physical registers what the guest sees of them.
     pub(crate) fn look_again(&self, state: &mut State, outcome: &mut Outcome) {
         let decoded = state.decodes();
