@@ -108,8 +108,11 @@ impl State {
     }
 
     /// Puts what the guest is to see into what was read at `offset`, the register's first or second
-    /// byte.
+    /// byte. A device that is gone stays all ones, which the register never is.
     pub(crate) fn show_command(&self, offset: u16, data: &mut [u8]) {
+        if data.len() > 1 && data.iter().all(|byte| *byte == 0xff) {
+            return;
+        }
         if let (COMMAND, Some(low)) = (offset, data.first_mut()) {
             let command = Command::new((*low).into());
             [*low, _] = command.with_memory(self.decoding).to_bytes();

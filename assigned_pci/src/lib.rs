@@ -38,9 +38,14 @@
 //! | [`AssignedFunction::quiesce`] | `DecodingOff` | clear the command register | registers as at power-on |
 //! | [`ResetSet::hot_reset`] | `Resetting`, all functions of the set | the same, all at once; `EBUSY` again, a bounded number of times | the same, all of them |
 //! | somebody else's reset ([`AssignedFunction::mappings_may_be_revoked`], [`ResetSet::mappings_may_be_revoked`]) | it has happened | tell the command register and PMCSR | what decodes is mapped anew |
+//! | nobody answers ([`AssignedFunction::hide_if_dead`]) | it has happened | tell the command register | the BARs stay out |
 //! | [cut off](CutOffSwitch) | `Resetting` | turn bus mastering off, for good; then as a reset | the same |
 //! | [`AssignedFunction::remove`] | the regions are gone | turn bus mastering off, for good | it never comes back |
 //! | a BAR written in halves, or sized, with decoding on | `HalfWritten`, `Sizing` | nothing: BARs are emulated | it comes when it is whole |
+//!
+//! [`AssignedFunction::stop_mastering`] is no such event: it writes the command register as it is, but
+//! for bus mastering. It goes before the end of several functions, so that no peer writes into a BAR
+//! that has just left the map.
 //!
 //! vfio-pci hides resets from its user: it saves config space before and restores it afterwards,
 //! the command register with it. The guest, which expects a reset, is shown one, and the physical

@@ -39,7 +39,8 @@ impl AssignedFunction {
     /// Resets the function (`VFIO_DEVICE_RESET`), and its emulated state to that at power-on: awake,
     /// nothing decoded, bus mastering off, all BARs at 0, no interrupts. See the [crate's
     /// documentation](crate) for the order. It is what a machine does to its functions when it is
-    /// reset and when it ends; where there are several, each is [made quiet](Self::quiesce) first.
+    /// reset and when it ends; where there are several, [none masters the bus](Self::stop_mastering)
+    /// any more before the first is [made quiet](Self::quiesce), and all are before one is reset.
     ///
     /// What was mapped from the BARs counts as revoked, whatever the host said. A function that
     /// cannot be reset is as at power-on for the guest and for the bus, and goes on otherwise as it
@@ -53,8 +54,40 @@ impl AssignedFunction {
         outcome
     }
 
+    /// Turns bus mastering off, and nothing else: what the guest sees stays mapped, and it decodes. Of
+    /// several functions all are asked to before one is [made quiet](Self::quiesce): the BARs of that
+    /// one leave the map, and a peer that still writes into them would fault.
+    ///
+    /// One that does not say what its command register holds is left alone: to write it would be to
+    /// guess whether it decodes.
+    pub fn stop_mastering(&self) -> Outcome {
+        let mut outcome = Outcome::default();
+        let state = self.lock();
+        let mut command = [0; 2];
+        if state.removed {
+            return outcome;
+        }
+        match self.host.config_read(COMMAND, &mut command) {
+            // It is gone, and does nothing any more.
+            Ok(()) if command == [0xff; 2] => {}
+            Ok(()) => {
+                let command = Command::new(u16::from_le_bytes(command));
+                if command.masters_bus() {
+                    let off = command.without_bus_master().to_bytes();
+                    self.write_host(COMMAND, &off, &mut outcome);
+                }
+            }
+            Err(error) => {
+                let error = HostError::new(HostCall::ConfigRead(COMMAND), &error);
+                outcome.host_errors.push(error);
+            }
+        }
+        outcome
+    }
+
     /// Makes the function quiet, without a reset, which takes 100 ms and more: bus mastering and
-    /// decoding off, interrupts disconnected, BARs at 0. What else it holds stays as it is.
+    /// decoding off, interrupts disconnected, BARs at 0. What else it holds stays as it is. Where there
+    /// are several functions, each [stops mastering](Self::stop_mastering) the bus first.
     pub fn quiesce(&self) -> Outcome {
         let mut outcome = Outcome::default();
         let mut state = self.lock();
@@ -145,6 +178,35 @@ impl AssignedFunction {
             self.sync(&mut state, true, &mut outcome);
         }
         outcome
+    }
+
+    /// Takes the BARs out of the map if nothing answers at them: the command register reads as not
+    /// decoding, as all ones, or not at all. For the guest decoding is off then, and comes back as
+    /// ever, when the guest turns it on. None if no BAR is shown, if they answer, or if that cannot be
+    /// told, as of a virtual function.
+    ///
+    /// It is judged and done under the function's lock, so that nothing the guest writes comes between.
+    #[must_use = "what it did to the map should not be lost"]
+    pub fn hide_if_dead(&self) -> Option<Outcome> {
+        let mut state = self.lock();
+        let shows = state.bars.iter().any(|assigned| assigned.info().enabled);
+        if state.removed || !shows || self.host.is_virtual() {
+            return None;
+        }
+        let mut command = [0; 2];
+        let mut outcome = Outcome::default();
+        match self.host.config_read(COMMAND, &mut command) {
+            Ok(()) if command == [0xff; 2] => {}
+            Ok(()) if Command::new(u16::from_le_bytes(command)).decodes_memory() => return None,
+            Ok(()) => {}
+            Err(error) => {
+                let error = HostError::new(HostCall::ConfigRead(COMMAND), &error);
+                outcome.host_errors.push(error);
+            }
+        }
+        state.decoding = false;
+        self.sync(&mut state, true, &mut outcome);
+        Some(outcome)
     }
 
     /// Takes over from the physical registers what the guest sees of them.

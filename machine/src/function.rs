@@ -22,10 +22,6 @@ use memory_map::{Errno, Gpa, RegionId};
 use crate::notices::ErrorChain;
 use crate::{Access, Notices, pci};
 
-/// The command register, and its bit that says that memory is decoded (PCI Local Bus 3.0, 6.2.2).
-const COMMAND: u16 = 0x04;
-const COMMAND_MEMORY: u8 = 1 << 1;
-
 /// An assigned function that the machine has, or had. See the [module's documentation](self).
 #[derive(Debug)]
 pub(crate) struct GuestFunction {
@@ -44,10 +40,6 @@ impl GuestFunction {
             function: RwLock::new(Some(function)),
             notices,
         }
-    }
-
-    pub(crate) fn name(&self) -> &str {
-        &self.name
     }
 
     /// A handle on it, if it is still there.
@@ -102,7 +94,14 @@ impl GuestFunction {
         Some((found.bar, found.offset))
     }
 
-    /// Makes it quiet: no DMA, no interrupts.
+    /// Has it start no DMA any more, and leaves its BARs where they are.
+    pub(crate) fn stop_mastering(&self) {
+        if let Some(function) = self.function() {
+            self.note(&function.stop_mastering());
+        }
+    }
+
+    /// Makes it quiet: no DMA, no interrupts, no BARs.
     pub(crate) fn quiesce(&self) {
         if let Some(function) = self.function() {
             self.note(&function.quiesce());
@@ -123,20 +122,18 @@ impl GuestFunction {
         self.note(&outcome);
     }
 
-    /// Whether it shows BARs that the host's side does not decode, so that nobody can get at them.
-    pub(crate) fn is_dead(&self) -> bool {
-        let Some(function) = self.function() else {
+    /// Takes its BARs out of the map if nobody answers at them, so that nobody can get at them.
+    /// Whether it had to.
+    pub(crate) fn hide_if_dead(&self) -> bool {
+        let hidden = self.function().and_then(|it| it.hide_if_dead());
+        let Some(outcome) = hidden else {
             return false;
         };
-        let shows = function.bars().iter().any(|bar| bar.enabled);
-        let host = function.host();
-        // A virtual function decodes whatever its register says.
-        if !shows || host.is_virtual() {
-            return false;
-        }
-        let mut command = [0; 2];
-        let gone = host.config_read(COMMAND, &mut command).is_err() || command == [0xff; 2];
-        gone || command[0] & COMMAND_MEMORY == 0
+        let what = "it does not answer, and is taken out of the map";
+        let told = &"reset it from the guest";
+        self.notices.note(&self.name, what, told);
+        self.note(&outcome);
+        true
     }
 
     /// Looks again what of it the host has taken away.

@@ -20,8 +20,8 @@ use std::time::Duration;
 use assigned_pci::{AssignedFunction, BarIndex};
 use host_memory::Ram;
 use memory_map::{
-    Access as Rights, Backing, ChangeError, DisabledBecause, Gpa, GpaRange, Priority, RangeError,
-    RegionId, RegionKind, RegionManager, RegionSpec, SubMapping,
+    Access as Rights, Backing, ChangeError, Gpa, GpaRange, Priority, RangeError, RegionId,
+    RegionKind, RegionManager, RegionSpec, SubMapping,
 };
 
 use crate::chipset::{Chipset, Request};
@@ -166,10 +166,15 @@ impl Hardware {
         &self.places
     }
 
-    /// Makes everything what it was at power-on, the functions first: bus mastering off, then
-    /// reset, so that nothing writes to RAM any more. RAM keeps what is in it. No processor may run.
+    /// Makes everything what it was at power-on, the functions first: bus mastering off, of all of
+    /// them before a BAR of one leaves the map, then reset, so that nothing writes to RAM any more.
+    /// RAM keeps what is in it. No processor may run.
     pub fn reset(&self) {
-        // A function that is being reset could be written to by one that is not quiet yet.
+        // A function whose BARs leave the map could be written to by one that still masters the bus,
+        // and one that is being reset by one that is not quiet yet.
+        for function in &self.functions {
+            function.stop_mastering();
+        }
         for function in &self.functions {
             function.quiesce();
         }
@@ -203,27 +208,9 @@ impl Hardware {
 
     /// Takes the BARs of functions that do not answer out of the map. Whether there are any.
     fn take_away_the_dead(&self) -> bool {
-        let mut change = self.map.change();
-        let mut any = false;
-        for function in &self.functions {
-            if !function.is_dead() {
-                continue;
-            }
-            any = true;
-            for (region, _) in function.regions() {
-                change.disable(region, DisabledBecause::Owner);
-            }
-            let what = "it does not answer, and is taken out of the map";
-            let told = &"reset it from the guest";
-            self.notices.note(function.name(), what, told);
-        }
-        if !any {
-            return false;
-        }
-        if let Err(error) = change.commit_guest() {
-            self.notices.note("the memory map", "refuses", &error);
-        }
-        true
+        // Of all of them, not up to the first.
+        let dead = self.functions.iter().filter(|it| it.hide_if_dead());
+        dead.count() > 0
     }
 }
 

@@ -23,7 +23,8 @@
 //!
 //! # What always holds
 //! 1. What a processor sees at an address is what the map's view says: RAM and BARs by memory
-//!    slots, which follow the map as an IOMMU does; everything else, trapped, by the view.
+//!    slots, which follow the map as an IOMMU does; everything else, trapped, by the view. Slots that
+//!    KVM does not let follow end the machine.
 //! 2. A write to config space or to a BAR's register returns to the guest when every memory slot
 //!    and every IOMMU has followed.
 //! 3. A slot that is being redone is no hole in RAM: an access that falls into it is carried out
@@ -49,6 +50,7 @@ mod machine;
 mod notices;
 pub mod pci;
 pub mod platform;
+mod slots_lost;
 
 pub use board::{Access, Board};
 pub use chipset::{Chipset, Line, Request};

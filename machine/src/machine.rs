@@ -25,7 +25,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use assigned_pci::AssignedFunction;
-use memory_map::{Backing, ChangeError, ConsumerKind, RegionManager, TargetHandle, TargetOptions};
+use memory_map::{Backing, ChangeError, RegionManager, TargetHandle};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -35,6 +35,7 @@ use crate::kvm::{KvmError, Processor, Stop, Vm};
 use crate::layout::Layout;
 use crate::pci::Place;
 use crate::platform::{EVENT_GSI, RESET_CODE, RESET_VECTOR, SERIAL_GSI};
+use crate::slots_lost::SlotsLost;
 use crate::{Hardware, HardwareError, Notices, PulledOut, acpi, boot};
 
 /// How often a processor is told to stop until it has.
@@ -132,6 +133,11 @@ pub enum Ended {
         /// Why, for people.
         why: String,
     },
+    /// KVM has not taken a memory slot away: a processor might see a BAR where it no longer is.
+    SlotsLost {
+        /// Which, and what KVM said, for people.
+        why: String,
+    },
 }
 
 /// What others may do to a running machine. Clones are handles on the same.
@@ -180,6 +186,8 @@ pub(crate) enum Event {
     Asked(Request),
     /// A processor, by number, does not run on.
     Stopped(usize, Stop),
+    /// The memory slots no longer follow the map, and why.
+    SlotsLost(String),
     /// Somebody wants it to end.
     Told,
 }
@@ -190,6 +198,7 @@ pub struct Machine {
     processors: Vec<Processor>,
     hardware: Arc<Hardware>,
     slots: TargetHandle,
+    slots_lost: Arc<SlotsLost>,
     vm: Vm,
     layout: Layout,
     ram: Backing,
@@ -225,11 +234,10 @@ impl Machine {
             }),
             parts.notices.clone(),
         )?);
-        let mut options = TargetOptions::new("memory slots");
-        options.kind = ConsumerKind::MemorySlots;
+        let slots_lost = SlotsLost::new(sender.clone());
         let slots = parts
             .map
-            .register(Box::new(parts.vm.memory_slots()), options)
+            .register(Box::new(parts.vm.memory_slots()), slots_lost.options())
             .map_err(MachineError::MemorySlots)?;
         let mut processors = Vec::new();
         for number in 0..parts.processors {
@@ -245,6 +253,7 @@ impl Machine {
             processors,
             hardware,
             slots,
+            slots_lost,
             vm: parts.vm,
             layout: parts.layout,
             ram: parts.ram,
@@ -278,17 +287,13 @@ impl Machine {
             let ended = self.run_once();
             // Devices stop before anything else is touched.
             self.hardware.reset();
-            match ended? {
-                ControlFlow::Break(ended) => return Ok(ended),
-                ControlFlow::Continue(()) if self.controls.told.load(Ordering::Acquire) => {
-                    return Ok(Ended::Told);
-                }
-                ControlFlow::Continue(()) => {
-                    self.vm.reset()?;
-                    for processor in &self.processors {
-                        processor.reset()?;
-                    }
-                }
+            let told = self.controls.told.load(Ordering::Acquire);
+            if let Some(ended) = again(ended?, told, &self.slots_lost) {
+                return Ok(ended);
+            }
+            self.vm.reset()?;
+            for processor in &self.processors {
+                processor.reset()?;
             }
         }
     }
@@ -338,7 +343,7 @@ impl Machine {
             }
         }
         let outcome = match started {
-            Ok(()) => Ok(self.wait()),
+            Ok(()) => Ok(wait(&self.events, &self.notices)),
             Err(error) => Err(error),
         };
         stop.store(true, Ordering::Release);
@@ -356,29 +361,40 @@ impl Machine {
         while self.events.try_recv().is_ok() {}
         outcome
     }
+}
 
-    /// Waits for what ends a run.
-    fn wait(&self) -> ControlFlow<Ended> {
-        loop {
-            return match self.events.recv() {
-                Ok(Event::Asked(Request::Reset)) => ControlFlow::Continue(()),
-                Ok(Event::Asked(Request::PowerOff)) => ControlFlow::Break(Ended::PoweredOff),
-                Ok(Event::Asked(Request::Panicked)) => ControlFlow::Break(Ended::Panicked),
-                // A triple fault is the oldest way to reset a PC, and may be a crash.
-                Ok(Event::Stopped(processor, Stop::Shutdown)) => {
-                    let what = "is reset by a triple fault, or by INIT";
-                    let whose = format_args!("processor {processor}");
-                    self.notices.note("the machine", what, &whose);
-                    ControlFlow::Continue(())
-                }
-                Ok(Event::Stopped(processor, Stop::Failed(why))) => {
-                    ControlFlow::Break(Ended::Failed { processor, why })
-                }
-                Ok(Event::Stopped(_, Stop::Told)) => continue,
-                // The machine itself holds a sender.
-                Ok(Event::Told) | Err(_) => ControlFlow::Break(Ended::Told),
-            };
-        }
+/// Waits for what ends a run.
+pub(crate) fn wait(events: &Receiver<Event>, notices: &Notices) -> ControlFlow<Ended> {
+    loop {
+        return match events.recv() {
+            Ok(Event::Asked(Request::Reset)) => ControlFlow::Continue(()),
+            Ok(Event::Asked(Request::PowerOff)) => ControlFlow::Break(Ended::PoweredOff),
+            Ok(Event::Asked(Request::Panicked)) => ControlFlow::Break(Ended::Panicked),
+            // A triple fault is the oldest way to reset a PC, and may be a crash.
+            Ok(Event::Stopped(processor, Stop::Shutdown)) => {
+                let what = "is reset by a triple fault, or by INIT";
+                let whose = format_args!("processor {processor}");
+                notices.note("the machine", what, &whose);
+                ControlFlow::Continue(())
+            }
+            Ok(Event::Stopped(processor, Stop::Failed(why))) => {
+                ControlFlow::Break(Ended::Failed { processor, why })
+            }
+            Ok(Event::SlotsLost(why)) => ControlFlow::Break(Ended::SlotsLost { why }),
+            Ok(Event::Stopped(_, Stop::Told)) => continue,
+            // The machine itself holds a sender.
+            Ok(Event::Told) | Err(_) => ControlFlow::Break(Ended::Told),
+        };
+    }
+}
+
+/// How the machine has ended, when a run has ended like this and the functions are reset; none if it
+/// begins again. What the events said in the meantime was not heard.
+pub(crate) fn again(run: ControlFlow<Ended>, told: bool, slots_lost: &SlotsLost) -> Option<Ended> {
+    match run {
+        ControlFlow::Break(ended) => Some(ended),
+        ControlFlow::Continue(()) if told => Some(Ended::Told),
+        ControlFlow::Continue(()) => slots_lost.ended(),
     }
 }
 

@@ -63,13 +63,23 @@ impl Notices {
         (self.say)(&line);
     }
 
-    /// Notes what the host and the map refused of something that the guest did to a function.
+    /// Notes what the host and the map refused of something that the guest did to a function, and
+    /// where its IOMMUs or memory slots are not what the map says since.
     pub fn note_outcome(&self, function: &str, outcome: &Outcome) {
         for error in &outcome.host_errors {
             self.note(function, "the host refuses", &ErrorChain(error));
         }
         for error in &outcome.map_errors {
             self.note(function, "the memory map refuses", error);
+        }
+        for report in &outcome.reports {
+            for (_, why) in &report.quarantined {
+                self.note(function, "something may be left mapped", why);
+            }
+            for (_, range, reason) in &report.ram_missing {
+                let what = "RAM is missing for devices or processors";
+                self.note(function, what, &format_args!("{range}: {reason}"));
+            }
         }
     }
 }

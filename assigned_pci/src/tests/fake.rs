@@ -82,6 +82,31 @@ impl Probe {
     }
 }
 
+type ReadLook = dyn Fn() + Send + Sync;
+
+/// Looks on before the host reads config space.
+#[derive(Default)]
+pub(super) struct ReadProbe(Mutex<Option<Arc<ReadLook>>>);
+
+impl std::fmt::Debug for ReadProbe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ReadProbe")
+    }
+}
+
+impl ReadProbe {
+    pub(super) fn set(&self, probe: impl Fn() + Send + Sync + 'static) {
+        *self.0.lock() = Some(Arc::new(probe));
+    }
+
+    fn look(&self) {
+        let probe = self.0.lock().clone();
+        if let Some(probe) = probe {
+            probe();
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Pages(u64);
 
@@ -117,6 +142,7 @@ pub(super) struct FakeHost {
     /// The command register as it was when the function went to sleep, to be restored.
     saved: Mutex<Option<[u8; 2]>>,
     pub(super) probe: Probe,
+    pub(super) on_config_read: ReadProbe,
 }
 
 impl FakeHost {
@@ -133,6 +159,7 @@ impl FakeHost {
             vectors: FakeVectors::default(),
             saved: Mutex::default(),
             probe: Probe::default(),
+            on_config_read: ReadProbe::default(),
         }
     }
 
@@ -244,6 +271,7 @@ impl HostFunction for FakeHost {
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> io::Result<()> {
+        self.on_config_read.look();
         refused(self.refuse.lock().config_read, EIO)?;
         let offset = usize::from(offset);
         data.copy_from_slice(&self.config.lock()[offset..offset + data.len()]);

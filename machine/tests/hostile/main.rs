@@ -13,6 +13,7 @@
 mod check;
 mod guest;
 mod pulled_out;
+mod reset;
 mod rig;
 
 use std::collections::BTreeSet;

@@ -153,7 +153,11 @@ impl Assembly {
                 None => self.roster()?.all_pairs(),
             }
         });
-        // However that ended. Not every function has a reset; it is quiet all the same.
+        // However that ended. Not every function has a reset; it is quiet all the same. No BAR leaves
+        // the map while a peer could write into it.
+        for function in &functions {
+            let _stopped: assigned_pci::Outcome = function.stop_mastering();
+        }
         for function in &functions {
             let _quiet: assigned_pci::Outcome = function.quiesce();
         }

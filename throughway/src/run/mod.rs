@@ -213,6 +213,10 @@ fn tell(ended: &Ended, json: bool) -> ExitCode {
         Ended::Failed { processor, why } => {
             ("failed", format!("processor {processor} stopped: {why}"), 1)
         }
+        Ended::SlotsLost { why } => {
+            let text = format!("KVM does not take a memory slot away: {why}");
+            ("failed", text, 1)
+        }
         other => ("other", format!("{other:?}"), 1),
     };
     if json {
