@@ -132,6 +132,9 @@ pub(crate) struct Commit<'a, 'w> {
 #[derive(Default)]
 pub(crate) struct Leftovers {
     pub(crate) entries: SmallVec<[Entry; 1]>,
+    /// Mappings that were to be made, by plans that others' steps have outdated. A long commit drops
+    /// them whenever it gives its turn up: their pages may be what somebody waits to have back.
+    pub(crate) plans: Vec<NewMapping>,
     pub(crate) addresses: Vec<KeptAddress>,
     pub(crate) layout: Vec<layout::Leftovers>,
     pub(crate) targets: Vec<Target>,

@@ -139,6 +139,7 @@ impl Commit<'_, '_> {
         drop(callee);
         let (reason, why) = self.enter(id, new.region, request, called, in_flight);
         if self.turn.is_none() {
+            drop(std::mem::take(&mut self.leftovers.plans));
             self.turn = Some(self.inner.turns.take());
         }
         match why {

@@ -47,6 +47,16 @@ impl Later {
     fn is_empty(&self) -> bool {
         self.0.iter().all(|its| its.new.len() == 0)
     }
+
+    /// Where they were to be made. The mappings themselves hold pages that may have left the map.
+    fn into_ranges(mut self, outdated: &mut Vec<NewMapping>) -> Vec<(TargetId, u64, u64)> {
+        let mut ranges = Vec::new();
+        while let Some((target, _, new)) = self.next() {
+            ranges.push((target, new.start, new.last));
+            outdated.push(new);
+        }
+        ranges
+    }
 }
 
 impl Commit<'_, '_> {
@@ -59,15 +69,17 @@ impl Commit<'_, '_> {
     ) -> Result<(), ChangeError> {
         let mut interrupted = false;
         while let Some((target, driver, new)) = later.next() {
+            self.watched()?;
+            self.map(target, driver, new, self.class.may_be_refused())?;
+            interrupted = self.was_interrupted();
             if interrupted {
-                self.map_remaining(&[target], &[(new.start, new.last)])?;
-            } else {
-                self.watched()?;
-                self.map(target, driver, new, self.class.may_be_refused())?;
-                interrupted = self.was_interrupted();
+                break;
             }
         }
         if interrupted {
+            for (target, start, last) in later.into_ranges(&mut self.leftovers.plans) {
+                self.map_remaining(&[target], &[(start, last)])?;
+            }
             // Others do not answer for RAM that this commit is still adding, or for a target that
             // is still joining: what they could not map there is this commit's to map, or to fail.
             let mut targets = TargetIds::from_slice(targets);
@@ -112,7 +124,9 @@ impl Commit<'_, '_> {
             self.map(target, driver, new, self.class.may_be_refused())?;
             interrupted = self.was_interrupted();
             if interrupted && !later.is_empty() {
-                later = self.remaining(targets, dirty)?;
+                let anew = self.remaining(targets, dirty)?;
+                let outdated = std::mem::replace(&mut later, anew);
+                drop(outdated.into_ranges(&mut self.leftovers.plans));
             }
         }
         Ok(interrupted)

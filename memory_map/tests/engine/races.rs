@@ -10,12 +10,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{sleep, spawn};
 use std::time::Duration;
 
-use crate::fixture::{allow, at_most, fixture};
-use crate::page_table::{PageTable, limits};
+use crate::fixture::{allow, at_most, fixture, without_deadlock};
+use crate::page_table::{PAGE, PageTable, limits};
 use memory_map::{
-    Backing, ChangeError, CutOff, DisabledBecause, DmaTarget, Errno, Gpa, IovaRange, MapRequest,
-    Priority, Quarantine, Reach, Reason, RegionKind, RegionSpec, TargetError, TargetLimits,
-    TargetName, TargetOptions,
+    Backing, BackingObject, ChangeError, CutOff, DisabledBecause, DmaTarget, Errno, Gpa,
+    HostMapping, IovaRange, MapRequest, Priority, Quarantine, Reach, Reason, RegionKind,
+    RegionManager, RegionSpec, TargetError, TargetLimits, TargetName, TargetOptions,
 };
 
 /// How a call is to end: done, or failed.
@@ -497,6 +497,55 @@ fn ram_that_was_missing_for_a_moment_is_missed_when_it_is_lost() {
         matches!(error, ChangeError::UndoIncomplete { .. }),
         "{error}"
     );
+}
+
+/// A page that takes a turn when it ends.
+#[derive(Debug)]
+struct Leaving(RegionManager, Arc<AtomicBool>);
+
+impl BackingObject for Leaving {
+    fn size(&self) -> u64 {
+        PAGE
+    }
+
+    fn map_host(&self) -> Result<Box<dyn HostMapping>, Errno> {
+        Err(Errno::new(19))
+    }
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.change().commit().unwrap();
+        self.1.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn pages_that_leave_during_a_long_change_are_not_kept_by_its_plan() {
+    without_deadlock(|| {
+        let f = fixture();
+        f.ram(0, 4);
+        let gone = Arc::<AtomicBool>::default();
+        let mut bar = f.spec(RegionKind::DeviceMemory, 0x10_0000, 1);
+        bar.sub_mappings[0].backing = Backing::new(Leaving(f.map.clone(), gone.clone()));
+        let bar = f.add(bar).unwrap();
+        let (gate, target) = gated(at_most(1));
+        let joins = {
+            let f = f.clone();
+            spawn(move || f.map.register(target, TargetOptions::new("joining")))
+        };
+        let (_, go) = gate.next();
+        f.host(|change| change.remove(bar)).unwrap();
+        assert!(!gone.load(Ordering::SeqCst), "it is still planned with");
+        go.send(None).unwrap();
+        gate.next().1.send(None).unwrap();
+        let (_, go) = gate.next();
+        assert!(gone.load(Ordering::SeqCst));
+        gate.open(true);
+        go.send(None).unwrap();
+        let _handle = joins.join().unwrap().unwrap();
+        assert!(gate.table.translate(0x3000).is_some());
+    });
 }
 
 #[test]
