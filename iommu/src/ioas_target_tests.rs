@@ -523,6 +523,26 @@ fn ram_of_the_same_iommufd_is_copied() {
     assert_eq!(copies.offers(), 0);
 }
 
+/// As when RAM is cut in one address space after the other: the rest is pinned once.
+#[test]
+fn a_part_of_what_is_mapped_elsewhere_is_copied() {
+    let iommufd = IommufdId::fresh();
+    let (one, two) = (Fake::of(iommufd, 1), Fake::of(iommufd, 2));
+    let copies = RamCopies::new();
+    let (mut first, mut second) = (target(&one, &copies), target(&two, &copies));
+    let backing = memfd();
+    let whole = request(&backing, RegionKind::Ram);
+    first.map(&whole).unwrap();
+    let last = MapRequest {
+        iova: iova(0x20_0000, 0x1000),
+        offset: whole.offset + SIZE - 0x1000,
+        ..whole.clone()
+    };
+    second.map(&last).unwrap();
+    let at = whole.iova.start().checked_add(SIZE - 0x1000).unwrap();
+    assert_eq!(two.asked(), [Asked::Copy(last.iova, IoasId::new(1), at)]);
+}
+
 #[test]
 fn nothing_else_is_copied() {
     let iommufd = IommufdId::fresh();
@@ -534,6 +554,7 @@ fn nothing_else_is_copied() {
     let backing = memfd();
     let mut there = request(&backing, RegionKind::Ram);
     there.access = Access::ReadOnly;
+    there.offset = 0x1000;
     there.iova = iova(0x10_0000, 0x2000);
     first.map(&there).unwrap();
     let bar = bar();
@@ -542,12 +563,13 @@ fn nothing_else_is_copied() {
         ..request(&bar, RegionKind::DeviceMemory)
     };
     first.map(&device).unwrap();
-    // To be written, of another offset, of another length, other memory, a BAR.
-    let mut others = vec![there.clone(); 4];
+    // To be written, past its end, from before its start, larger, other memory, a BAR.
+    let mut others = vec![there.clone(); 5];
     others[0].access = Access::ReadWrite;
-    others[1].offset = 0x1000;
-    others[2].iova = iova(0x10_0000, 0x1000);
-    others[3].backing = memfd();
+    others[1].offset = 0x2000;
+    others[2].offset = 0;
+    others[3].iova = iova(0x10_0000, 0x3000);
+    others[4].backing = memfd();
     others.push(device);
     for (nth, request) in others.iter().enumerate() {
         second.map(request).unwrap();

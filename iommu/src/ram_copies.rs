@@ -23,33 +23,31 @@ use parking_lot::{Mutex, RwLock};
 use vfio_sys::{IoasId, IommufdId};
 
 /// Which memory, of whose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Memory {
-    iommufd: IommufdId,
-    backing: BackingId,
-    offset: u64,
-    size: u64,
-}
-
-impl Memory {
-    fn of(iommufd: IommufdId, request: &MapRequest) -> Self {
-        Self {
-            iommufd,
-            backing: request.backing.id(),
-            offset: request.offset,
-            size: request.iova.size(),
-        }
-    }
-}
+type Memory = (IommufdId, BackingId);
 
 /// One mapping that may be copied.
 #[derive(Debug)]
 struct Source {
     ioas: IoasId,
     iova: Iova,
+    /// Which part of the memory it is.
+    offset: u64,
+    size: u64,
     access: Access,
     /// Whether it is there. Held for reading while it is copied.
     there: RwLock<bool>,
+}
+
+impl Source {
+    /// Where what `request` asks for is in it, if all of that is.
+    fn holds(&self, request: &MapRequest) -> Option<Iova> {
+        let ahead = request.offset.checked_sub(self.offset)?;
+        let behind = self.size.checked_sub(ahead)?;
+        let enough = request.access == Access::ReadOnly || self.access == Access::ReadWrite;
+        (enough && request.iova.size() <= behind)
+            .then(|| self.iova.checked_add(ahead))
+            .flatten()
+    }
 }
 
 /// The RAM that is mapped in the address spaces of an iommufd, or of several. Clones are handles
@@ -70,23 +68,29 @@ impl RamCopies {
         self.0.lock().values().map(Vec::len).sum()
     }
 
-    /// Has `copy` copy one of the mappings that has what `request` asks for, and tells whether
-    /// that succeeded. A mapping that went meanwhile is no reason not to try the next one.
+    /// Has `copy` copy what `request` asks for, from one of the mappings that have it or more, and
+    /// tells whether that succeeded. A mapping that went meanwhile is no reason not to try the next
+    /// one.
     pub(crate) fn copy(
         &self,
         iommufd: IommufdId,
         request: &MapRequest,
         mut copy: impl FnMut(IoasId, Iova) -> io::Result<()>,
     ) -> bool {
-        let memory = Memory::of(iommufd, request);
-        let sources = self.0.lock().get(&memory).cloned().unwrap_or_default();
-        for source in sources {
-            let enough = request.access == Access::ReadOnly || source.access == Access::ReadWrite;
+        let all = self.0.lock();
+        let mapped = all.get(&(iommufd, request.backing.id()));
+        let sources: Vec<(Arc<Source>, Iova)> = mapped
+            .into_iter()
+            .flatten()
+            .filter_map(|source| Some((Arc::clone(source), source.holds(request)?)))
+            .collect();
+        drop(all);
+        for (source, iova) in sources {
             let there = source.there.read();
-            if !enough || !*there {
+            if !*there {
                 continue;
             }
-            match copy(source.ioas, source.iova) {
+            match copy(source.ioas, iova) {
                 Ok(()) => return true,
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
                 // It has to do with where it is to go; to map it will say what.
@@ -101,10 +105,12 @@ impl RamCopies {
         let source = Arc::new(Source {
             ioas,
             iova: request.iova.start(),
+            offset: request.offset,
+            size: request.iova.size(),
             access: request.access,
             there: RwLock::new(true),
         });
-        let memory = Memory::of(iommufd, request);
+        let memory = (iommufd, request.backing.id());
         let mut all = self.0.lock();
         all.entry(memory).or_default().push(Arc::clone(&source));
         drop(all);
