@@ -231,18 +231,7 @@ mod tests {
     use super::*;
 
     fn of_a_file(len: u64) -> Mapping {
-        let file = OpenOptions::new();
-        let mut file = file.clone();
-        let name = format!("guest-mapping-{}-{len}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let file = file
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
-            .unwrap();
-        std::fs::remove_file(&path).unwrap();
+        let file = tempfile::tempfile().unwrap();
         file.set_len(PAGE * 3).unwrap();
         Mapping::of_file(&file, PAGE + 0x100, len).unwrap()
     }
