@@ -7,7 +7,7 @@ mod stock;
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::apt::Packages;
 use crate::build::BuildError;
@@ -87,7 +87,7 @@ pub enum KernelError {
     /// Its package could not be had.
     #[error(transparent)]
     Package(#[from] PackageError),
-    /// It could not be built.
+    /// It could not be built, or unpacked.
     #[error(transparent)]
     Build(#[from] BuildError),
     /// The user's is not there.
@@ -96,17 +96,6 @@ pub enum KernelError {
         /// Where.
         path: PathBuf,
         /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A file of the package could not be read or written.
-    #[error("cannot {action} {path}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// Why it failed.
         #[source]
         source: io::Error,
     },
@@ -161,16 +150,5 @@ impl Kernel {
                 })
             }
         }
-    }
-}
-
-fn io_error<'a>(
-    action: &'static str,
-    path: &'a Path,
-) -> impl FnOnce(io::Error) -> KernelError + 'a {
-    move |source| KernelError::Io {
-        action,
-        path: path.to_owned(),
-        source,
     }
 }

@@ -30,25 +30,16 @@ enum Called {
 
 /// Has a target make a mapping. Needs no lock of the map's.
 fn call_map(callee: &mut Callee, request: &MapRequest) -> Called {
-    let called = callee.call(|target| {
-        let _kept = KeptOnPanic(request);
-        try_to_map(target, request)
-    });
-    if matches!(called, Ok(Called::Unknown(_))) {
-        callee.stop();
+    let called = callee.call(|target| try_to_map(target, request));
+    match &called {
+        Ok(Called::Unknown(_)) => callee.stop(),
+        // It may be mapped: its pages are never given back.
+        Err(NoAnswer::Panicked(_)) => {
+            std::mem::forget((request.backing.clone(), request.host.clone()));
+        }
+        _ => {}
     }
     called.unwrap_or_else(Called::NoAnswer)
-}
-
-/// If a target panics in a call, what it was to map may be mapped: its pages are never given back.
-struct KeptOnPanic<'r>(&'r MapRequest);
-
-impl Drop for KeptOnPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            std::mem::forget((self.0.backing.clone(), self.0.host.clone()));
-        }
-    }
 }
 
 fn try_to_map(target: &mut dyn DmaTarget, request: &MapRequest) -> Called {

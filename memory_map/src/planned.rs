@@ -3,7 +3,7 @@
 use smallvec::SmallVec;
 
 use crate::commit::Commit;
-use crate::layout::IdSet;
+use crate::layout::{IdSet, Layout};
 use crate::ledger::Failure;
 use crate::plan::{Plan, plan, whole_pages};
 use crate::state::{Driver, State, Target};
@@ -41,12 +41,7 @@ impl Commit<'_, '_> {
                 // What was missing before is not for this change to answer for.
                 let known = target.ledger.is_known(piece.start, &failure_of(piece));
                 if self.class.may_be_refused() && !known {
-                    return Err(ChangeError::Refused {
-                        target: target.options.name.clone(),
-                        range,
-                        region: state.layout.region(piece.region)?.name.clone(),
-                        reason: piece.reason.clone(),
-                    });
+                    return Err(refused(&state.layout, target, piece));
                 }
                 if known {
                     continue;
@@ -104,12 +99,9 @@ impl Commit<'_, '_> {
         let mut missing = plan.unmappable.iter().filter(|piece| is_missing(piece));
         let untold = missing.find(|piece| !target.ledger.is_known(piece.start, &failure_of(piece)));
         match untold {
-            Some(piece) if self.class.may_be_refused() => Err(ChangeError::Refused {
-                target: target.options.name.clone(),
-                range: iova(piece.start, piece.last),
-                region: state.layout.region(piece.region)?.name.clone(),
-                reason: piece.reason.clone(),
-            }),
+            Some(piece) if self.class.may_be_refused() => {
+                Err(refused(&state.layout, target, piece))
+            }
             _ => Ok(()),
         }
     }
@@ -135,6 +127,18 @@ impl Commit<'_, '_> {
 /// on its way back.
 fn is_awaited(busy: &IdSet<RegionId>, taken_back: &[RegionId], region: RegionId) -> bool {
     busy.contains(&region) && !taken_back.contains(&region)
+}
+
+fn refused(layout: &Layout, target: &Target, piece: &Unmappable) -> ChangeError {
+    match layout.region(piece.region) {
+        Ok(region) => ChangeError::Refused {
+            target: target.options.name.clone(),
+            range: iova(piece.start, piece.last),
+            region: region.name.clone(),
+            reason: piece.reason.clone(),
+        },
+        Err(unknown) => unknown.into(),
+    }
 }
 
 fn failure_of(piece: &Unmappable) -> Failure {

@@ -36,7 +36,7 @@ enum Chore {
     Test(Strictness),
     /// The nested machine: QEMU, a real kernel, a real IOMMU driver.
     ///
-    /// What it needs (QEMU, a stock kernel, a shell; about 250 MB of packages) is fetched with apt
+    /// What it needs (QEMU, a stock kernel, a shell; about 200 MB of packages) is fetched with apt
     /// into $THROUGHWAY_CACHE, else $XDG_CACHE_HOME/throughway, else ~/.cache/throughway. QEMU is
     /// built there, once, from Debian's source with a patch (six minutes of processor time), and so
     /// is a second kernel, `iommufd` (170 MB; 2 GB of disk while it is built; fifteen minutes of

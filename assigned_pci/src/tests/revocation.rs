@@ -14,7 +14,7 @@ use crate::{
     ResetSet,
 };
 
-const AT: u64 = 0x8000_0000;
+pub(super) const AT: u64 = 0x8000_0000;
 const ELSEWHERE: u64 = 0xa000_0000;
 
 /// A way to have the kernel revoke.
@@ -85,7 +85,7 @@ impl Cause {
 
 /// What the function is like before.
 #[derive(Debug, Clone, Copy)]
-struct Before {
+pub(super) struct Before {
     decoding: bool,
     asleep: bool,
     /// While it sleeps, if it does.
@@ -95,6 +95,17 @@ struct Before {
 }
 
 impl Before {
+    /// One that decodes, and is awake.
+    pub(super) const fn decoding(virtual_function: bool) -> Self {
+        Self {
+            decoding: true,
+            asleep: false,
+            moved: false,
+            no_soft_reset: true,
+            virtual_function,
+        }
+    }
+
     fn every() -> impl Iterator<Item = Self> {
         (0..32_u8).map(|bits| Self {
             decoding: bits & 1 != 0,
@@ -105,7 +116,7 @@ impl Before {
         })
     }
 
-    fn bench(self) -> Bench {
+    pub(super) fn bench(self) -> Bench {
         let mut host = FakeHost::new()
             .with_controls(self.no_soft_reset)
             .whole_bar(0, MEMORY_32, 0x1000)
@@ -146,11 +157,11 @@ impl Bench {
         low
     }
 
-    fn epochs(&self) -> [memory_map::Epoch; 2] {
+    pub(super) fn epochs(&self) -> [memory_map::Epoch; 2] {
         [0, 2].map(|bar| self.host.backing(bar).epoch())
     }
 
-    fn disabled(&self, because: DisabledBecause) {
+    pub(super) fn disabled(&self, because: DisabledBecause) {
         for bar in [0, 2] {
             let reason = Reason::Disabled(because);
             assert_eq!(self.reach(bar), Reach::Unavailable(reason), "BAR {bar}");
@@ -292,14 +303,7 @@ fn every_event_one(before: Before, cause: Cause, fails: bool) {
 #[test]
 fn a_command_write_to_a_virtual_function_counts_as_revoking() {
     for virtual_function in [false, true] {
-        let before = Before {
-            decoding: true,
-            asleep: false,
-            moved: false,
-            no_soft_reset: true,
-            virtual_function,
-        };
-        let bench = before.bench();
+        let bench = Before::decoding(virtual_function).bench();
         let epochs = bench.epochs();
         let write = Event::ConfigWrite(COMMAND, (ON | 0x0400).to_le_bytes().to_vec());
         let outcome = bench.command(ON | 0x0400);
@@ -616,126 +620,4 @@ fn functions_of_two_maps_are_no_set() {
         refused.to_string(),
         "fake and other are in different memory maps and cannot be reset together"
     );
-}
-
-#[test]
-fn a_function_that_stops_mastering_keeps_its_mappings() {
-    for virtual_function in [false, true] {
-        let before = Before {
-            decoding: true,
-            asleep: false,
-            moved: false,
-            no_soft_reset: true,
-            virtual_function,
-        };
-        let bench = before.bench();
-        let epochs = bench.epochs();
-        assert!(bench.function.stop_mastering().is_ok());
-        let stopped = Event::ConfigWrite(COMMAND, vec![2, 0]);
-        assert_eq!(bench.events(), [stopped]);
-        assert_eq!(bench.mapped(), [AT, AT + 0x10_0000]);
-        assert_eq!(bench.epochs(), epochs);
-        // It has stopped already, and may begin again.
-        assert!(bench.function.stop_mastering().is_ok());
-        assert_eq!(bench.events(), []);
-        let _ = bench.command(ON);
-        assert_eq!(bench.host.command(), ON);
-    }
-}
-
-#[test]
-fn one_that_does_not_say_whether_it_masters_the_bus_is_not_written_to() {
-    let bench = Bench::with_32_bit_bar();
-    let _ = bench.command(ON);
-    bench.events();
-    bench.host.refuse.lock().config_read = true;
-    let outcome = bench.function.stop_mastering();
-    assert_eq!(outcome.host_errors[0].call, HostCall::ConfigRead(COMMAND));
-    bench.host.refuse.lock().config_read = false;
-    bench.host.config.lock()[4..6].fill(0xff);
-    assert!(bench.function.stop_mastering().is_ok());
-    assert_eq!(bench.events(), []);
-    // And a refused write is told.
-    bench.host.config.lock()[4..6].copy_from_slice(&ON.to_le_bytes());
-    bench.host.refuse.lock().config_write = true;
-    let outcome = bench.function.stop_mastering();
-    assert_eq!(outcome.host_errors[0].call, HostCall::ConfigWrite(COMMAND));
-}
-
-#[test]
-fn a_dead_function_is_hidden_and_comes_back_when_the_guest_turns_it_on() {
-    let before = Before {
-        decoding: true,
-        asleep: false,
-        moved: false,
-        no_soft_reset: true,
-        virtual_function: false,
-    };
-    type Dies = fn(&FakeHost);
-    let deaths: [Dies; 3] = [
-        |host| host.config.lock()[4] &= !2,
-        |host| host.config.lock()[4..6].fill(0xff),
-        |host| host.refuse.lock().config_read = true,
-    ];
-    for dies in deaths {
-        let bench = before.bench();
-        assert_eq!(bench.function.hide_if_dead(), None, "it answers");
-        let epochs = bench.epochs();
-        dies(&bench.host);
-        let outcome = bench.function.hide_if_dead().unwrap();
-        assert_eq!((outcome.unmaps(), outcome.reports.len()), (2, 1));
-        assert_eq!(bench.mapped(), []);
-        bench.disabled(DisabledBecause::DecodingOff);
-        assert_ne!(bench.epochs(), epochs);
-        assert!(!bench.function.is_decoding());
-        assert_eq!(bench.function.hide_if_dead(), None, "it shows nothing");
-        let mut command = [0; 2];
-        let _ = bench.function.config_read(COMMAND, &mut command);
-        let gone = bench.host.command() == 0xffff || bench.host.refuse.lock().config_read;
-        assert_eq!(command == [0xff; 2], gone, "{command:x?}");
-        bench.host.refuse.lock().config_read = false;
-        let _ = bench.command(ON);
-        assert_eq!(bench.mapped(), [AT, AT + 0x10_0000]);
-    }
-    // A virtual function's register does not tell, and one that was removed shows nothing.
-    let bench = Before {
-        virtual_function: true,
-        ..before
-    }
-    .bench();
-    bench.host.config.lock()[4] = 0;
-    assert_eq!(bench.function.hide_if_dead(), None);
-    let _ = bench.function.remove();
-    assert_eq!(bench.function.hide_if_dead(), None);
-}
-
-/// Another processor turns decoding off and on just when a function is judged: it waits until that is
-/// over.
-#[test]
-fn nothing_the_guest_writes_comes_between_judging_a_function_dead_and_hiding_it() {
-    let bench = Bench::with_32_bit_bar();
-    let _ = bench.bar(0, 0x8000_0000);
-    let _ = bench.command(ON);
-    let (begun, other) = std::sync::mpsc::channel();
-    let (written, writes) = std::sync::mpsc::channel();
-    let function = bench.function.clone();
-    let writer = std::thread::spawn(move || {
-        other.recv().unwrap();
-        let _ = function.config_write(COMMAND, &OFF.to_le_bytes());
-        // Nobody listens any more if it had to wait.
-        let _unheard = written.send(());
-        let _ = function.config_write(COMMAND, &ON.to_le_bytes());
-    });
-    let writes = Mutex::new(Some(writes));
-    bench.host.on_config_read.set(move || {
-        if let Some(writes) = writes.lock().take() {
-            begun.send(()).unwrap();
-            let first = writes.recv_timeout(Duration::from_millis(100));
-            assert!(first.is_err(), "decoding is off while it is judged");
-        }
-    });
-    assert_eq!(bench.function.hide_if_dead(), None);
-    writer.join().unwrap();
-    assert_eq!(bench.mapped(), [0x8000_0000]);
-    assert!(bench.function.bars()[0].enabled);
 }

@@ -10,9 +10,9 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 
-use super::{Kernel, KernelError, configuration, io_error};
+use super::{Kernel, KernelError, configuration};
 use crate::apt::{Apt, Packages};
-use crate::build::{BuildTools, Step, Tools, digest, jobs, unpack_source};
+use crate::build::{BuildTools, Step, Tools, digest, io_error, jobs, unpack_source};
 use crate::cache::EntryName;
 use crate::package::{Package, PackageError};
 use crate::progress::Progress;
@@ -179,7 +179,8 @@ fn build(
     fs::remove_dir_all(&work).map_err(io_error("remove the folder", &work))?;
     progress.done();
     // All went well: nobody wants to read it.
-    fs::remove_file(log).map_err(io_error("remove", log))
+    fs::remove_file(log).map_err(io_error("remove", log))?;
+    Ok(())
 }
 
 /// The fragment on top of `tinyconfig`, and whether all of it took.

@@ -4,8 +4,9 @@ use std::fs;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use super::{Kernel, KernelError, io_error};
+use super::{Kernel, KernelError};
 use crate::apt::{Apt, Packages};
+use crate::build::io_error;
 use crate::cache::EntryName;
 use crate::package::{Package, PackageError};
 
@@ -145,7 +146,8 @@ fn fetch(apt: &Apt, package: &Package, folder: &Path) -> Result<(), KernelError>
         let kept = folder.join(format!("{name}.ko"));
         fs::write(&kept, content).map_err(io_error("write", &kept))?;
     }
-    fs::remove_dir_all(&unpacked).map_err(io_error("remove the folder", &unpacked))
+    fs::remove_dir_all(&unpacked).map_err(io_error("remove the folder", &unpacked))?;
+    Ok(())
 }
 
 fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), KernelError> {
@@ -164,7 +166,7 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), KernelError> {
 /// A module as the kernel takes it: Debian compresses them with xz.
 fn decompressed(path: &Path) -> Result<Vec<u8>, KernelError> {
     match path.extension().and_then(|e| e.to_str()) {
-        Some("ko") => fs::read(path).map_err(io_error("read", path)),
+        Some("ko") => Ok(fs::read(path).map_err(io_error("read", path))?),
         Some("xz") => {
             let file = fs::File::open(path).map_err(io_error("read", path))?;
             let mut content = Vec::new();
